@@ -1,0 +1,1 @@
+"""The embedded model: moving-shapes scenes with exact masks, and a stock CogVideoX pipeline trained on them."""
