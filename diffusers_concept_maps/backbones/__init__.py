@@ -1,0 +1,75 @@
+"""The model families, one file each; every module beside this one is loaded and its `BACKBONE` registered."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Any
+
+from torch import nn
+
+from diffusers_concept_maps.backbones._base import Backbone, Grid, Preset, Site
+from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
+
+__all__ = ["Backbone", "Grid", "Preset", "Site", "find_backbone", "find_transformer", "register", "supported"]
+
+_BACKBONES: dict[str, Backbone] = {}
+
+
+def register(backbone: Backbone) -> Backbone:
+    """Make a backbone known under each of its transformer classes.
+
+    Raises:
+        ConceptMapsError: another backbone has one of them.
+    """
+    for name in backbone.transformer_classes:
+        if name in _BACKBONES:
+            raise ConceptMapsError(
+                f"{name} belongs to {type(_BACKBONES[name]).__name__}; remove it from {type(backbone).__name__}"
+            )
+    _BACKBONES.update(dict.fromkeys(backbone.transformer_classes, backbone))
+    return backbone
+
+
+def supported() -> tuple[str, ...]:
+    """Names of the transformer classes that can be traced, sorted."""
+    return tuple(sorted(_BACKBONES))
+
+
+def find_transformer(pipe_or_transformer: Any) -> Any:
+    """The transformer to trace: the object itself, or the pipeline's.
+
+    Raises:
+        ConceptMapsValueError: neither a module nor a pipeline with a transformer.
+    """
+    if isinstance(pipe_or_transformer, nn.Module):
+        return pipe_or_transformer
+    transformer = getattr(pipe_or_transformer, "transformer", None)
+    if isinstance(transformer, nn.Module):
+        return transformer
+    raise ConceptMapsValueError(
+        f"{type(pipe_or_transformer).__name__} has no transformer to trace; pass a diffusers pipeline whose "
+        f"`transformer` is one of {', '.join(supported())}, or such a transformer"
+    )
+
+
+def find_backbone(transformer: Any) -> Backbone:
+    """The backbone of a transformer, by exact class name along its MRO.
+
+    Raises:
+        ConceptMapsError: no backbone knows the class, or its configuration cannot be traced.
+    """
+    for cls in type(transformer).__mro__:
+        backbone = _BACKBONES.get(cls.__name__)
+        if backbone is not None:
+            backbone.check(transformer)
+            return backbone
+    raise ConceptMapsError(
+        f"{type(transformer).__name__} cannot be traced; supported are {', '.join(supported())}. "
+        f"docs/contributing.md says how to add a backbone."
+    )
+
+
+for _module in pkgutil.iter_modules(__path__):
+    if not _module.name.startswith("_"):
+        register(importlib.import_module(f"{__name__}.{_module.name}").BACKBONE)

@@ -1,0 +1,127 @@
+"""What a model family declares so that its transformer can be traced."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from diffusers_concept_maps.heads import HeadSelection
+
+
+@dataclass(frozen=True)
+class Site:
+    """One layer: a transformer block and the attention module in it that maps are read from."""
+
+    block: nn.Module
+    attention: Any
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Token grid of the image stream: latent frames, then rows and columns of patches."""
+
+    frames: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Layers, heads and steps that suit one checkpoint.
+
+    Attributes:
+        name: the checkpoint.
+        source: where the choice comes from.
+        config: entries of the transformer's config that identify the checkpoint, wherever it was loaded from.
+        layers: 0-based layers per method; methods not named use all layers.
+        heads: heads per method; methods not named use their default.
+        steps: fraction of the denoising schedule `(start, stop)`; whatever its length, at least one step is taken.
+    """
+
+    name: str
+    source: str
+    config: Mapping[str, object]
+    layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    heads: Mapping[str, HeadSelection | tuple[int, ...]] = field(default_factory=dict)
+    steps: tuple[float, float] = (0.0, 1.0)
+
+
+class Backbone(ABC):
+    """One model family; its module holds an instance as `BACKBONE`.
+
+    Attributes:
+        transformer_classes: exact class names, looked up along the transformer's MRO.
+        presets: one per known checkpoint.
+    """
+
+    transformer_classes: ClassVar[tuple[str, ...]]
+    presets: ClassVar[tuple[Preset, ...]] = ()
+
+    @abstractmethod
+    def check(self, transformer: Any) -> None:
+        """Raise `ConceptMapsError` if this configuration of the transformer cannot be traced."""
+
+    @abstractmethod
+    def sites(self, transformer: Any) -> list[Site]:
+        """The layers in the order in which the forward pass runs them."""
+
+    @abstractmethod
+    def heads(self, transformer: Any) -> int:
+        """Number of attention heads of every layer."""
+
+    @abstractmethod
+    def text_width(self, transformer: Any) -> int:
+        """Width of the text encoder states the transformer takes."""
+
+    @abstractmethod
+    def encode(self, pipe: Any, texts: list[str]) -> tuple[torch.Tensor, list[int]]:
+        """Text encoder states of each text on its own `[text, token, width]`, and its number of word tokens.
+
+        Raises:
+            ConceptMapsError: the pipeline has no text encoder, or a text does not fit or has no known word.
+        """
+
+    @abstractmethod
+    def grid(self, transformer: Any, call: Mapping[str, Any]) -> Grid:
+        """Token grid of a forward pass, from the arguments of the transformer."""
+
+    @abstractmethod
+    def batch(self, call: Mapping[str, Any]) -> int:
+        """Batch size of a forward pass, from the arguments of the transformer."""
+
+    @abstractmethod
+    def enter(self, transformer: Any, embeds: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Concept states before the first block `[row, concept, width]`, by the model's own text projection.
+
+        Args:
+            transformer: the model.
+            embeds: text encoder states `[row, concept, text_width]`.
+            like: a tensor whose dtype and device the model works in.
+        """
+
+    @abstractmethod
+    def reentry(self, arguments: Mapping[str, Any], concepts: torch.Tensor, rows: slice) -> dict[str, Any]:
+        """Arguments with which a block's own forward advances the concepts: an empty image stream, concepts as text.
+
+        Args:
+            arguments: what the block was called with, by name.
+            concepts: concept states `[row, concept, width]`.
+            rows: the rows of the batch that the concepts belong to.
+        """
+
+    @abstractmethod
+    def leave(self, block_output: Any) -> torch.Tensor:
+        """The concept states in what the re-entered block returned."""
+
+    def preset(self, transformer: Any) -> Preset | None:
+        """The preset whose `config` entries the transformer's config has."""
+        config = transformer.config
+        for preset in self.presets:
+            if all(getattr(config, name, None) == value for name, value in preset.config.items()):
+                return preset
+        return None

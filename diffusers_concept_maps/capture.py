@@ -1,0 +1,215 @@
+"""Attach a capture to a transformer and undo it exactly; the only file that touches a model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from diffusers_concept_maps.backbones import Site, find_backbone, find_transformer
+from diffusers_concept_maps.errors import ConceptMapsError
+from diffusers_concept_maps.heads import HeadSelection
+from diffusers_concept_maps.maps import ConceptMaps
+from diffusers_concept_maps.plan import CapturePlan, make_plan
+from diffusers_concept_maps.processors import ConceptAttnProcessor, ConceptProcessor, concept_processor
+from diffusers_concept_maps.recorder import Recorder
+
+
+class CaptureHandle:
+    """A capture that is attached to a transformer until `remove` is called.
+
+    Attributes:
+        maps: the maps per guidance branch, filled while the transformer runs.
+    """
+
+    def __init__(self, recorder: Recorder, transformer: Any, sites: list[Site], maps: dict[str, ConceptMaps]) -> None:
+        """Attach; whatever fails on the way, everything done so far is undone."""
+        self.maps = maps
+        self._recorder = recorder
+        self._hooks: list[RemovableHandle] = []
+        self._swapped: list[tuple[Any, Any, ConceptProcessor]] = []
+        self._adopted: list[ConceptProcessor] = []
+        try:
+            self._attach(transformer, sites)
+        except BaseException:
+            self.remove()
+            raise
+
+    def _attach(self, transformer: Any, sites: list[Site]) -> None:
+        for site in sites:
+            installed: Any = site.attention.processor
+            if isinstance(installed, ConceptProcessor):
+                installed.recorder = self._recorder
+                self._adopted.append(installed)
+            else:
+                processor = concept_processor(installed)
+                assert processor is not None  # `_check_free` has looked
+                processor.recorder = self._recorder
+                self._swapped.append((site.attention, installed, processor))
+                site.attention.processor = processor
+        self._hooks.append(transformer.register_forward_pre_hook(self._begin, with_kwargs=True))
+        self._hooks.append(transformer.register_forward_hook(self._end))
+        for layer, site in enumerate(sites):
+            self._hooks.append(site.block.register_forward_pre_hook(partial(self._hold, layer), with_kwargs=True))
+
+    def remove(self) -> None:
+        """Put the very processors back that were there, and take every hook out; a second call does nothing."""
+        for hook in self._hooks:
+            hook.remove()
+        for attention, stock, processor in self._swapped:
+            if attention.processor is processor:  # otherwise somebody has set another one since: theirs stays
+                attention.processor = stock
+        for processor in self._adopted:
+            processor.__dict__.pop("recorder", None)
+        self._hooks, self._swapped, self._adopted = [], [], []
+        self._recorder.end()
+
+    def _begin(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._recorder.begin(_by_name(transformer, args, kwargs))
+
+    def _end(self, transformer: Any, args: tuple[Any, ...], output: Any) -> None:
+        self._recorder.end()
+
+    def _hold(self, layer: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._recorder.hold(layer, _by_name(block, args, kwargs))
+
+
+def attach(pipe_or_transformer: Any, concepts: Sequence[str] | None = None, **options: Any) -> CaptureHandle:
+    """Attach a capture; the arguments are those of `trace`.
+
+    Returns:
+        A handle with the maps and `remove()`.
+
+    Raises:
+        ConceptMapsError: as `trace`; nothing has been changed then.
+    """
+    transformer = find_transformer(pipe_or_transformer)
+    backbone = find_backbone(transformer)
+    pipe = None if transformer is pipe_or_transformer else pipe_or_transformer
+    sites = backbone.sites(transformer)
+    _check_free(transformer, sites)
+    plan = make_plan(pipe, transformer, backbone, concepts=concepts, **options)
+    recorder = Recorder(plan, backbone, transformer, sites, pipe)
+    maps = {
+        branch: ConceptMaps(
+            plan.concepts, tuple(plan.methods), partial(recorder.read, branch), _metadata(transformer, plan)
+        )
+        for branch in plan.branches
+    }
+    return CaptureHandle(recorder, transformer, sites, maps)
+
+
+@contextmanager
+def trace(
+    pipe_or_transformer: Any,
+    concepts: Sequence[str] | None = None,
+    *,
+    methods: Sequence[str] = ("concept_attention",),
+    layers: Iterable[int] | None = None,
+    steps: Iterable[int] | None = None,
+    heads: HeadSelection | Iterable[int] | None = None,
+    concept_embeds: torch.Tensor | None = None,
+    token_policy: str = "mean",
+    normalize: str | None = None,
+    branch: str = "cond",
+) -> Iterator[Any]:
+    """Record saliency maps of concepts while an unmodified pipeline generates.
+
+    The frames are the ones the pipeline would have made, bit for bit, and afterwards the transformer holds the same
+    processor objects as before and no hook. Every run of the pipeline inside the block starts the maps anew; calls
+    that another pipeline makes with the same transformer are not recorded.
+
+    Args:
+        pipe_or_transformer: a diffusers pipeline whose transformer is one of `supported()`, or such a transformer; of
+            a bare transformer every forward pass counts as a step and every row of its batch as a video.
+        concepts: words or phrases, in the prompt or not.
+        methods: names of map methods: "concept_attention", "cross_attention", "gramcol", "imap".
+        layers: 0-based layers; None is the checkpoint's preset, or all layers.
+        steps: 0-based denoising steps; None is the checkpoint's preset, or all steps.
+        heads: 0-based heads or a `HeadSelection`, for every method of the call; None is the preset or the method's
+            default: all heads, and for "imap" the five with the best frame separability.
+        concept_embeds: float tensor `[concept, dim]` or `[batch, concept, dim]` in text-encoder space, instead of text
+            encoding; `concepts` are then their names.
+        token_policy: how the tokens of a concept become one embedding: "mean", "first" or "last".
+        normalize: "none" the raw scores; "softmax" over the concepts; "zscore" every head's map standardized over the
+            clip; None the method's default ("softmax" for "concept_attention" and "cross_attention", "none" where
+            there is one concept only; "zscore" for "gramcol" and "imap"). See `docs/methods.md`.
+        branch: guidance branch to record: "cond", "uncond", or "both".
+
+    Yields:
+        `ConceptMaps`, filled while the pipeline runs and valid after the block; with `branch="both"` a dict
+        `{"cond": ConceptMaps, "uncond": ConceptMaps}`.
+
+    Raises:
+        ConceptMapsError: the transformer cannot be traced or is being traced already, or an argument is wrong (then
+            it is also a ValueError). Nothing has been changed in the model then.
+
+    Example:
+        >>> with dcm.trace(pipe, ["dog", "running"], methods=["imap"]) as maps:
+        ...     video = pipe("a dog running on the beach").frames[0]
+        >>> maps["running"].tensor.shape    # [batch, frame, height, width]
+    """
+    handle = attach(
+        pipe_or_transformer,
+        concepts,
+        methods=methods,
+        layers=layers,
+        steps=steps,
+        heads=heads,
+        concept_embeds=concept_embeds,
+        token_policy=token_policy,
+        normalize=normalize,
+        branch=branch,
+    )
+    try:
+        yield handle.maps if branch == "both" else handle.maps[branch]
+    finally:
+        handle.remove()
+
+
+def _check_free(transformer: Any, sites: list[Site]) -> None:
+    """Raise unless every attention module can be captured and none is captured already."""
+    for layer, site in enumerate(sites):
+        installed: Any = site.attention.processor
+        if isinstance(installed, ConceptProcessor):
+            if installed.recorder is not None:
+                raise ConceptMapsError(
+                    f"this {type(transformer).__name__} is being traced already; leave the other `with` block first"
+                )
+            if installed.stock is None and not isinstance(installed, ConceptAttnProcessor):
+                raise ConceptMapsError(f"layer {layer} holds {type(installed).__name__}, which shows no attention")
+        elif concept_processor(installed) is None:
+            raise ConceptMapsError(
+                f"layer {layer} has the attention processor {type(installed).__name__}, which cannot be traced; put "
+                f"the model's own processor or one of concept_attn_processors() back first"
+            )
+
+
+def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a module's forward by name."""
+    if not args:
+        return dict(kwargs)
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return dict(zip(names, args, strict=False)) | dict(kwargs)
+
+
+def _metadata(transformer: Any, plan: CapturePlan) -> dict[str, Any]:
+    """What made the maps, for `ConceptMaps.metadata`."""
+    return {
+        "transformer": type(transformer).__name__,
+        "steps": sorted(plan.steps) if isinstance(plan.steps, frozenset) else list(plan.steps),
+        "methods": {
+            name: {
+                "layers": sorted(method.layers),
+                "heads": str(method.heads) if isinstance(method.heads, HeadSelection) else method.heads,
+                "normalize": method.normalize,
+            }
+            for name, method in plan.methods.items()
+        },
+    }

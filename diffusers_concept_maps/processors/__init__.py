@@ -1,0 +1,108 @@
+"""Drop-in attention processors, one file per attention topology; every module beside this one is loaded."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch import nn
+
+from diffusers_concept_maps.errors import ConceptMapsError
+from diffusers_concept_maps.processors._base import CONCEPT_PROCESSORS, ConceptProcessor, from_stock, passive
+
+__all__ = ["ConceptAttnProcessor", "ConceptProcessor", "concept_attn_processors", "concept_processor"]
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+
+def concept_processor(stock: Any) -> ConceptProcessor | None:
+    """The processor of this package that stands in for a stock one, None if there is none that shows its attention."""
+    for cls in CONCEPT_PROCESSORS:
+        if cls.stock is type(stock):
+            return from_stock(cls, stock)
+    return None
+
+
+def concept_attn_processors(transformer: Any) -> dict[str, ConceptProcessor]:
+    """Processors to hand to `transformer.set_attn_processor`, one object for every attention module.
+
+    Each is a subclass of the module's own stock processor and carries what that carries (attention backend, parallel
+    configuration). While nothing is captured they are bit-equal to the stock ones, so that production code may leave
+    them in; `trace` adopts them.
+
+    Args:
+        transformer: a diffusers model with `attn_processors`.
+
+    Returns:
+        A full dict, as `set_attn_processor` takes it (which empties it: make a new one for every call).
+
+    Raises:
+        ConceptMapsError: the transformer cannot be traced, or holds processors of this package already.
+    """
+    from diffusers_concept_maps.backbones import find_backbone
+
+    find_backbone(transformer)
+    processors = {}
+    for name, stock in transformer.attn_processors.items():
+        stock_class: Any = type(stock)
+        if isinstance(stock, ConceptProcessor):
+            raise ConceptMapsError(
+                f"{name} is a {type(stock).__name__} already; put the model's own processors back before making others"
+            )
+        processors[name] = concept_processor(stock) or from_stock(passive(stock_class), stock)
+    return processors
+
+
+class ConceptAttnProcessor(ConceptProcessor):
+    """One processor for all modules: `transformer.set_attn_processor(ConceptAttnProcessor())`.
+
+    At its first call for a module it finds that module's stock class and from then on delegates to a drop-in for it.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is known yet about the modules it will serve."""
+        self._delegates: WeakKeyDictionary[nn.Module, ConceptProcessor] = WeakKeyDictionary()
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: Any = None,
+    ) -> Any:
+        """As the stock processor of `attn`; arguments that were not given are not passed on."""
+        delegate: Any = self.delegate(attn, encoder_hidden_states is not None)
+        delegate.recorder = self.recorder
+        given = {
+            "encoder_hidden_states": encoder_hidden_states,
+            "attention_mask": attention_mask,
+            "image_rotary_emb": image_rotary_emb,
+        }
+        return delegate(attn, hidden_states, **{name: value for name, value in given.items() if value is not None})
+
+    def delegate(self, attn: nn.Module, has_text: bool) -> ConceptProcessor:
+        """The processor that does the work for a module.
+
+        Raises:
+            ConceptMapsError: the module's stock processor is not known.
+        """
+        known = self._delegates.get(attn)
+        if known is not None and (known.stock is None or known.serves(attn, has_text)):
+            return known
+        for cls in CONCEPT_PROCESSORS:
+            if cls.serves(attn, has_text):
+                self._delegates[attn] = cls()
+                return self._delegates[attn]
+        if isinstance(attn, Attention) and not has_text:
+            self._delegates[attn] = passive(AttnProcessor2_0)()
+            return self._delegates[attn]
+        raise ConceptMapsError(
+            f"the stock processor of this {type(attn).__name__} is not known to ConceptAttnProcessor; use "
+            f"set_attn_processor(concept_attn_processors(transformer)) instead"
+        )

@@ -1,0 +1,48 @@
+"""What every attention processor of this package shares."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from diffusers_concept_maps.recorder import Recorder
+
+CONCEPT_PROCESSORS: list[type[ConceptProcessor]] = []
+
+
+class ConceptProcessor:
+    """Mixed into a stock processor class; idle, and then nothing but the stock class, while `recorder` is None.
+
+    Attributes:
+        recorder: the capture that reads this processor, set for its duration.
+        stock: the class it is a drop-in for; None in the router and in processors that have nothing to show.
+    """
+
+    recorder: Recorder | None = None
+    stock: ClassVar[type | None] = None
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if cls.__dict__.get("stock") is not None:
+            CONCEPT_PROCESSORS.append(cls)
+
+    @classmethod
+    def serves(cls, attention: nn.Module, has_text: bool) -> bool:
+        """Whether a module that is called with or without text is one whose stock processor is `stock`."""
+        return False
+
+
+@cache
+def passive(stock: Any) -> type[ConceptProcessor]:
+    """A subclass of a stock processor that only stands in for it, for attention that carries no text."""
+    return cast("type[ConceptProcessor]", type(f"Concept{stock.__name__}", (ConceptProcessor, stock), {}))
+
+
+def from_stock(cls: type[ConceptProcessor], stock: Any) -> ConceptProcessor:
+    """A processor of that class with everything the stock object carries, such as its attention backend."""
+    processor = cls.__new__(cls)
+    processor.__dict__.update(stock.__dict__)
+    return processor
