@@ -1,0 +1,93 @@
+"""Tiny random CogVideoX pipelines of stock classes: rotary or sin-cos positions, grids that are odd and not square."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+WORDS = ("a", "dog", "cat", "sky", "running", "red", "rock", "on", "the", "beach")
+TEXT_LENGTH = 12
+SIZE = {"height": 48, "width": 80, "num_frames": 9}
+"""Pixels and frames of a call; the token grid is 3 x 3 x 5 (temporal factor 4, spatial factor 8, patch 2)."""
+GRID = (3, 3, 5)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word, and the end mark T5 sets."""
+    vocabulary = {word: i for i, word in enumerate(("<pad>", "</s>", "<unk>", *WORDS))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=TEXT_LENGTH
+    )
+
+
+def make_transformer(*, rope: bool = True, layers: int = 3, heads: int = 4, **config: Any) -> CogVideoXTransformer3DModel:
+    """A random transformer: `heads` x 16, wide enough that heads, rows and concepts cannot be confused."""
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {
+        "num_attention_heads": heads,
+        "attention_head_dim": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "time_embed_dim": 8,
+        "text_embed_dim": 32,
+        "num_layers": layers,
+        "sample_width": SIZE["width"] // 8,
+        "sample_height": SIZE["height"] // 8,
+        "sample_frames": SIZE["num_frames"],
+        "patch_size": 2,
+        "temporal_compression_ratio": 4,
+        "max_text_seq_length": TEXT_LENGTH,
+        "use_rotary_positional_embeddings": rope,
+    }
+    transformer = CogVideoXTransformer3DModel(**(settings | config))
+    with torch.no_grad():  # the default initialization leaves maps almost flat
+        for name, parameter in transformer.named_parameters():
+            if parameter.ndim == 2 and "norm" not in name:
+                parameter.mul_(2.0)
+    return transformer.eval()
+
+
+def make_pipeline(*, rope: bool = True, layers: int = 3, dtype: torch.dtype = torch.float32, **config: Any) -> CogVideoXPipeline:
+    """A stock text-to-video pipeline around `make_transformer`, silent."""
+    transformer = make_transformer(rope=rope, layers=layers, **config)
+    text_config = T5Config(
+        vocab_size=3 + len(WORDS), d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, dropout_rate=0.0,
+        pad_token_id=0, eos_token_id=1, is_encoder_decoder=False, use_cache=False,
+    )  # fmt: skip
+    vae = AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=2,
+        temporal_compression_ratio=4,
+    )  # fmt: skip
+    pipe = CogVideoXPipeline(
+        tokenizer=make_tokenizer(),
+        text_encoder=T5EncoderModel(text_config).eval(),
+        vae=vae.eval(),
+        transformer=transformer,
+        scheduler=CogVideoXDDIMScheduler(),
+    )
+    pipe.to(dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def call(pipe: CogVideoXPipeline, prompt: Any = "a red dog running on the beach", **options: Any) -> torch.Tensor:
+    """Latents of one short seeded run; `options` go to the pipeline."""
+    settings: dict[str, Any] = {
+        "num_inference_steps": 3,
+        "guidance_scale": 4.0,
+        "max_sequence_length": TEXT_LENGTH,
+        "output_type": "latent",
+        "generator": torch.Generator().manual_seed(0),
+        **SIZE,
+    }
+    if "prompt_embeds" not in options:
+        options["prompt"] = prompt
+    return pipe(**(settings | options)).frames
