@@ -1,0 +1,190 @@
+"""The command `concept-maps`: one function for the arguments of each sub-command and one that runs it."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import tempfile
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from diffusers_concept_maps.maps import ConceptMaps
+
+DEFAULT_PROMPT = "a red circle moving right and a blue square standing still on dark background"
+DEFAULT_CONCEPTS = ("red", "blue", "background")
+_SHOWN_WIDTH = 320  # pixels; videos smaller than that are enlarged so that a person can see them
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status: 0, or 2 with one line on standard error."""
+    parser = argparse.ArgumentParser(prog="concept-maps", description="Saliency maps of concepts in generated videos.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for register in (_register_generate, _register_info):
+        register(commands)
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except (ConceptMapsError, OSError) as error:
+        print(f"concept-maps: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _register_generate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="make a video or image and the maps of concepts in it",
+        description="Generate with a diffusers pipeline and write the video, one overlay for each concept, a contact "
+        "sheet and the maps. Without arguments the embedded model makes a clip of two shapes.",
+    )
+    parser.add_argument("prompt", nargs="?", help=f"default: {DEFAULT_PROMPT!r}, for the embedded model")
+    parser.add_argument("--concepts", nargs="+", metavar="CONCEPT", help="words or phrases, in the prompt or not")
+    parser.add_argument("--model", metavar="PATH_OR_HUB_ID", help="a diffusers pipeline; default: the embedded model")
+    parser.add_argument("--methods", nargs="+", default=["concept_attention"], metavar="METHOD")
+    parser.add_argument(
+        "--steps", type=int, help="denoising steps; default: the pipeline's, 25 for the embedded model"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--guidance-scale", type=float, help="default: the pipeline's, 4 for the embedded model")
+    parser.add_argument("--out", type=Path, default=Path("concept_maps"), metavar="DIR", help="default: %(default)s")
+    parser.set_defaults(run=_generate)
+
+
+def _register_info(commands: Any) -> None:
+    parser = commands.add_parser("info", help="say what is in a file of maps")
+    parser.add_argument("file", type=Path, metavar="FILE", help="a maps.safetensors")
+    parser.set_defaults(run=_info)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    import torch
+
+    from diffusers_concept_maps.capture import trace
+
+    if options.model is not None and (options.prompt is None or options.concepts is None):
+        raise ConceptMapsValueError(
+            "a model of your own needs a prompt and --concepts; only the embedded one has defaults"
+        )
+    prompt = DEFAULT_PROMPT if options.prompt is None else options.prompt
+    concepts = list(DEFAULT_CONCEPTS) if options.concepts is None else options.concepts
+    pipe, call = _load(options)
+    generator = torch.Generator().manual_seed(options.seed)
+    with trace(pipe, concepts, methods=options.methods) as maps:
+        output = pipe(prompt, generator=generator, **call)
+    frames = output.frames[0] if hasattr(output, "frames") else output.images[:1]
+    _write(options.out, frames, maps, prompt)
+
+
+def _load(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """The pipeline, and the arguments of its call that do not come from the user alone."""
+    import torch
+    from diffusers import DiffusionPipeline
+
+    given = {"num_inference_steps": options.steps, "guidance_scale": options.guidance_scale}
+    call = {name: value for name, value in given.items() if value is not None}
+    if options.model is None:
+        from diffusers_concept_maps.shapes.captions import TEXT_LENGTH
+        from diffusers_concept_maps.shapes.model import load_shapes_pipeline
+
+        defaults = {"num_inference_steps": 25, "guidance_scale": 4.0, "max_sequence_length": TEXT_LENGTH}
+        return load_shapes_pipeline(), defaults | call
+    if not torch.cuda.is_available():
+        return DiffusionPipeline.from_pretrained(options.model), call
+    pipe = DiffusionPipeline.from_pretrained(options.model, dtype=torch.bfloat16)
+    pipe.enable_model_cpu_offload()
+    return pipe, call
+
+
+def _write(folder: Path, frames: Any, maps: ConceptMaps, title: str) -> None:
+    """Make every file in a folder beside, then move them in: what is there is always whole."""
+    from diffusers_concept_maps.visualize.figure import contact_sheet
+    from diffusers_concept_maps.visualize.overlay import as_pictures, enlarge
+    from diffusers_concept_maps.visualize.video import write_image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = enlarge(as_pictures(frames), _SHOWN_WIDTH)
+    overlays: dict[str, str] = {}
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as name:
+        work = Path(name)
+        _write_pictures(work / "video", pictures)
+        for index, concept in enumerate(maps.concepts):
+            stem = work / f"overlay_{index}_{slug(concept)}"
+            overlays[concept] = _write_pictures(stem, maps[concept].overlay(pictures)).name
+        sheet = contact_sheet(frames, maps.get()[0], maps.concepts, title=f"{title}  [{maps.methods[0]}]")
+        write_image(work / "contact_sheet.png", sheet)
+        maps.save(work / "maps.safetensors")
+        for file in sorted(work.iterdir()):
+            file.replace(folder / file.name)
+    _print_table(maps, overlays)
+    print(f"\nwritten to {folder}: video, overlays, contact_sheet.png, maps.safetensors")
+
+
+def _write_pictures(stem: Path, pictures: list[Image.Image]) -> Path:
+    """A video, or a picture where there is one frame only."""
+    from diffusers_concept_maps.visualize.video import write_image, write_video
+
+    path = stem.with_name(stem.name + (".mp4" if len(pictures) > 1 else ".png"))
+    if len(pictures) > 1:
+        write_video(path, pictures)
+    else:
+        write_image(path, pictures[0])
+    return path
+
+
+def slug(text: str) -> str:
+    """A short file-name part of ASCII letters, digits and dashes; what has none becomes "concept"."""
+    ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9]+", "-", ascii_text).strip("-")[:40].strip("-") or "concept"
+
+
+def _print_table(maps: ConceptMaps, overlays: dict[str, str]) -> None:
+    """One line per concept and method: the range of its scores, the frame where it peaks, its overlay."""
+    width = max(7, *(len(_printable(concept)) for concept in maps.concepts))
+    print(f"{'concept':{width}}  {'method':17}  {'min':>8}  {'mean':>8}  {'max':>8}  peak frame  overlay")
+    for method in maps.methods:
+        for concept, scores in zip(maps.concepts, maps.get(method)[0], strict=True):
+            shown = overlays[concept] if method == maps.methods[0] else ""
+            print(
+                f"{_printable(concept):{width}}  {method:17}  {_range(scores)}  {_peak(scores):>10}  {shown}".rstrip()
+            )
+
+
+def _range(scores: torch.Tensor) -> str:
+    return "  ".join(f"{float(value):8.3f}" for value in (scores.min(), scores.mean(), scores.max()))
+
+
+def _peak(scores: torch.Tensor) -> int:
+    """The frame in which a concept's mean score is highest."""
+    return int(scores.mean((1, 2)).argmax())
+
+
+def _printable(text: str) -> str:
+    """Text that cannot steer a terminal."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def _info(options: argparse.Namespace) -> None:
+    from diffusers_concept_maps.maps import load
+
+    maps = load(options.file)
+    print(f"concepts  {', '.join(_printable(concept) for concept in maps.concepts)}")
+    for method in maps.methods:
+        scores = maps.get(method)
+        batch, _, frames, height, width = scores.shape
+        grid = f"{batch} x {frames} frames of {height} x {width} tokens"
+        print(f"{method}  {grid}, {scores.min():.3f} to {scores.max():.3f}")
+    for name, value in maps.metadata.items():
+        print(f"{name}  {value}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
