@@ -81,7 +81,7 @@ class CaptureHandle:
 
 
 def attach(pipe_or_transformer: Any, concepts: Sequence[str] | None = None, **options: Any) -> CaptureHandle:
-    """Attach a capture; the arguments are those of `trace`.
+    """Attach a capture; the arguments and their defaults are those of `trace`.
 
     Returns:
         A handle with the maps and `remove()`.
@@ -94,7 +94,11 @@ def attach(pipe_or_transformer: Any, concepts: Sequence[str] | None = None, **op
     pipe = None if transformer is pipe_or_transformer else pipe_or_transformer
     sites = backbone.sites(transformer)
     _check_free(transformer, sites)
-    plan = make_plan(pipe, transformer, backbone, concepts=concepts, **options)
+    parameters = inspect.signature(trace).parameters.values()
+    defaults = {
+        parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY
+    }
+    plan = make_plan(pipe, transformer, backbone, concepts=concepts, **(defaults | options))
     recorder = Recorder(plan, backbone, transformer, sites, pipe)
     maps = {
         branch: ConceptMaps(

@@ -111,7 +111,7 @@ def make_plan(
     chosen_heads = heads if isinstance(heads, HeadSelection) or heads is None else tuple(heads)
     if isinstance(chosen_heads, tuple):
         _indices("head", chosen_heads, backbone.heads(transformer))
-    elif chosen_heads and chosen_heads.top_k > backbone.heads(transformer):
+    elif chosen_heads and chosen_heads.threshold is None and chosen_heads.top_k > backbone.heads(transformer):
         raise ConceptMapsValueError(
             f"top_k is {chosen_heads.top_k}; the model has {backbone.heads(transformer)} heads in a layer"
         )
