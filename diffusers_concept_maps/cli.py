@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except (ConceptMapsError, OSError) as error:
-        print(f"concept-maps: {error}", file=sys.stderr)
+        print(f"concept-maps: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
@@ -97,10 +97,13 @@ def _load(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
         defaults = {"num_inference_steps": 25, "guidance_scale": 4.0, "max_sequence_length": TEXT_LENGTH}
         return load_shapes_pipeline(), defaults | call
-    if not torch.cuda.is_available():
-        return DiffusionPipeline.from_pretrained(options.model), call
-    pipe = DiffusionPipeline.from_pretrained(options.model, dtype=torch.bfloat16)
-    pipe.enable_model_cpu_offload()
+    on_gpu = torch.cuda.is_available()
+    try:
+        pipe = DiffusionPipeline.from_pretrained(options.model, dtype=torch.bfloat16 if on_gpu else torch.float32)
+    except (OSError, ValueError) as error:
+        raise ConceptMapsError(f"cannot load the pipeline {options.model!r}: {error}") from error
+    if on_gpu:
+        pipe.enable_model_cpu_offload()
     return pipe, call
 
 

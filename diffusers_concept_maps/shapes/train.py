@@ -125,7 +125,10 @@ class _Model:
         transformer, text_encoder = build_transformer(), build_text_encoder()
         for name, parameter in self._named(transformer, text_encoder):
             parameter.copy_(self.average[name])
-        build_pipeline(transformer, text_encoder).to(torch.float16).save_pretrained(folder)
+        pipe = build_pipeline(transformer, text_encoder).to(torch.float16)
+        # transformers loads weights in the dtype they have: a small float32 encoder fits whatever dtype is asked for.
+        text_encoder.to(torch.float32)  # type: ignore[arg-type]
+        pipe.save_pretrained(folder)
 
 
 def _optimisers(model: _Model, learning_rate: float) -> list[torch.optim.Optimizer]:

@@ -108,8 +108,10 @@ class _Sheet:
 
 
 def _plain(text: str) -> str:
-    """Text that matplotlib does not read as mathematics."""
-    return text.replace("$", r"\$")
+    """Text that matplotlib neither reads as mathematics nor has no glyph for."""
+    return "".join(character if character.isprintable() or character == "\n" else " " for character in text).replace(
+        "$", r"\$"
+    )
 
 
 def _wrapped(text: str, width: int = 16, lines: int = 3) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from diffusers_concept_maps.errors import ConceptMapsError
+from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
 
 
 def write_video(path: str | os.PathLike[str], frames: Sequence[Image.Image], *, fps: int = 8) -> None:
@@ -24,6 +24,7 @@ def write_video(path: str | os.PathLike[str], frames: Sequence[Image.Image], *, 
         fps: frames per second.
 
     Raises:
+        ConceptMapsValueError: no frames, or frames of different sizes.
         ConceptMapsError: imageio-ffmpeg is not installed.
     """
     try:
@@ -32,6 +33,7 @@ def write_video(path: str | os.PathLike[str], frames: Sequence[Image.Image], *, 
         raise ConceptMapsError(
             'videos need imageio-ffmpeg; install it with: pip install "diffusers-concept-maps[viz]"'
         ) from error
+    _check(frames)
     target = Path(path)
     partial = target.with_name(f".{target.stem}.partial{target.suffix}")
     try:
@@ -63,6 +65,18 @@ def write_image(path: str | os.PathLike[str], picture: Image.Image) -> None:
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _check(frames: Sequence[Image.Image]) -> None:
+    if not frames:
+        raise ConceptMapsValueError("no frames; a video has at least one")
+    first = frames[0]
+    for index, frame in enumerate(frames):
+        if frame.size != first.size:
+            raise ConceptMapsValueError(
+                f"frame {index} is {frame.width} x {frame.height} pixels; expected {first.width} x {first.height}, as "
+                f"the first"
+            )
 
 
 def _even(frame: np.ndarray) -> np.ndarray:
