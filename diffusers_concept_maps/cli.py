@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import sys
 import tempfile
+import textwrap
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,10 +53,11 @@ def _register_generate(commands: Any) -> None:
     parser.add_argument("--model", metavar="PATH_OR_HUB_ID", help="a diffusers pipeline; default: the embedded model")
     parser.add_argument("--methods", nargs="+", default=["concept_attention"], metavar="METHOD")
     parser.add_argument(
-        "--steps", type=int, help="denoising steps; default: the pipeline's, 25 for the embedded model"
+        "--steps", type=_positive, help="denoising steps; default: the pipeline's, 25 for the embedded model"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=_seed, default=0)
     parser.add_argument("--guidance-scale", type=float, help="default: the pipeline's, 4 for the embedded model")
+    parser.add_argument("--fps", type=_positive, default=8, help="of the videos written; default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("concept_maps"), metavar="DIR", help="default: %(default)s")
     parser.set_defaults(run=_generate)
 
@@ -65,23 +68,56 @@ def _register_info(commands: Any) -> None:
     parser.set_defaults(run=_info)
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number of at least 1")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number from 0 to 2**63 - 1")
+    return int(text)
+
+
 def _generate(options: argparse.Namespace) -> None:
     import torch
 
     from diffusers_concept_maps.capture import trace
+    from diffusers_concept_maps.visualize import EXTRA, require
 
     if options.model is not None and (options.prompt is None or options.concepts is None):
         raise ConceptMapsValueError(
             "a model of your own needs a prompt and --concepts; only the embedded one has defaults"
         )
+    for module in EXTRA:  # missed now, not after minutes of generation
+        require(module)
     prompt = DEFAULT_PROMPT if options.prompt is None else options.prompt
     concepts = list(DEFAULT_CONCEPTS) if options.concepts is None else options.concepts
-    pipe, call = _load(options)
-    generator = torch.Generator().manual_seed(options.seed)
-    with trace(pipe, concepts, methods=options.methods) as maps:
-        output = pipe(prompt, generator=generator, **call)
-    frames = output.frames[0] if hasattr(output, "frames") else output.images[:1]
-    _write(options.out, frames, maps, prompt)
+    with _staging(options.out) as folder:
+        pipe, call = _load(options)
+        generator = torch.Generator().manual_seed(options.seed)
+        with trace(pipe, concepts, methods=options.methods) as maps:
+            output = pipe(prompt, generator=generator, **call)
+        frames = output.frames[0] if hasattr(output, "frames") else output.images[:1]
+        overlays = _write(folder, frames, maps, prompt, options.fps)
+    _print_table(maps, overlays)
+    print(f"\nwritten to {options.out}: video, overlays, contact_sheet.png, maps.safetensors")
+
+
+@contextlib.contextmanager
+def _staging(folder: Path) -> Iterator[Path]:
+    """A folder whose files are moved into `folder` once all of them are there; a failure leaves nothing of it."""
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as name:
+            yield Path(name)
+            for file in sorted(Path(name).iterdir()):
+                file.replace(folder / file.name)
+    finally:
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _load(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
@@ -92,11 +128,10 @@ def _load(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     given = {"num_inference_steps": options.steps, "guidance_scale": options.guidance_scale}
     call = {name: value for name, value in given.items() if value is not None}
     if options.model is None:
-        from diffusers_concept_maps.shapes.captions import TEXT_LENGTH
         from diffusers_concept_maps.shapes.model import load_shapes_pipeline
 
-        defaults = {"num_inference_steps": 25, "guidance_scale": 4.0, "max_sequence_length": TEXT_LENGTH}
-        return load_shapes_pipeline(), defaults | call
+        pipe = load_shapes_pipeline()
+        return pipe, {"num_inference_steps": 25, "guidance_scale": 4.0} | _text_length(pipe) | call
     on_gpu = torch.cuda.is_available()
     try:
         pipe = DiffusionPipeline.from_pretrained(options.model, dtype=torch.bfloat16 if on_gpu else torch.float32)
@@ -104,40 +139,41 @@ def _load(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         raise ConceptMapsError(f"cannot load the pipeline {options.model!r}: {error}") from error
     if on_gpu:
         pipe.enable_model_cpu_offload()
-    return pipe, call
+    return pipe, _text_length(pipe) | call
 
 
-def _write(folder: Path, frames: Any, maps: ConceptMaps, title: str) -> None:
-    """Make every file in a folder beside, then move them in: what is there is always whole."""
+def _text_length(pipe: Any) -> dict[str, int]:
+    """The text length that a CogVideoX transformer was built for: its sin-cos position table takes no other."""
+    transformer = getattr(pipe, "transformer", None)
+    length = None if transformer is None else transformer.config.get("max_text_seq_length")
+    return {} if length is None else {"max_sequence_length": length}
+
+
+def _write(folder: Path, frames: Any, maps: ConceptMaps, prompt: str, fps: int) -> dict[str, str]:
+    """Write every file; the names of the overlays by concept."""
     from diffusers_concept_maps.visualize.figure import contact_sheet
     from diffusers_concept_maps.visualize.overlay import as_pictures, enlarge
     from diffusers_concept_maps.visualize.video import write_image
 
-    folder.mkdir(parents=True, exist_ok=True)
     pictures = enlarge(as_pictures(frames), _SHOWN_WIDTH)
     overlays: dict[str, str] = {}
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as name:
-        work = Path(name)
-        _write_pictures(work / "video", pictures)
-        for index, concept in enumerate(maps.concepts):
-            stem = work / f"overlay_{index}_{slug(concept)}"
-            overlays[concept] = _write_pictures(stem, maps[concept].overlay(pictures)).name
-        sheet = contact_sheet(frames, maps.get()[0], maps.concepts, title=f"{title}  [{maps.methods[0]}]")
-        write_image(work / "contact_sheet.png", sheet)
-        maps.save(work / "maps.safetensors")
-        for file in sorted(work.iterdir()):
-            file.replace(folder / file.name)
-    _print_table(maps, overlays)
-    print(f"\nwritten to {folder}: video, overlays, contact_sheet.png, maps.safetensors")
+    _write_pictures(folder / "video", pictures, fps)
+    for index, concept in enumerate(maps.concepts):
+        stem = folder / f"overlay_{index}_{slug(concept)}"
+        overlays[concept] = _write_pictures(stem, maps[concept].overlay(pictures), fps).name
+    title = f"{textwrap.shorten(prompt, 240, placeholder=' ...')}  [{maps.methods[0]}]"
+    write_image(folder / "contact_sheet.png", contact_sheet(frames, maps.get()[0], maps.concepts, title=title))
+    maps.save(folder / "maps.safetensors")
+    return overlays
 
 
-def _write_pictures(stem: Path, pictures: list[Image.Image]) -> Path:
+def _write_pictures(stem: Path, pictures: list[Image.Image], fps: int) -> Path:
     """A video, or a picture where there is one frame only."""
     from diffusers_concept_maps.visualize.video import write_image, write_video
 
     path = stem.with_name(stem.name + (".mp4" if len(pictures) > 1 else ".png"))
     if len(pictures) > 1:
-        write_video(path, pictures)
+        write_video(path, pictures, fps=fps)
     else:
         write_image(path, pictures[0])
     return path
@@ -186,7 +222,7 @@ def _info(options: argparse.Namespace) -> None:
         grid = f"{batch} x {frames} frames of {height} x {width} tokens"
         print(f"{method}  {grid}, {scores.min():.3f} to {scores.max():.3f}")
     for name, value in maps.metadata.items():
-        print(f"{name}  {value}")
+        print(f"{name}  {_printable(str(value))}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
 
-    pipe = CogVideoXPipeline.from_pretrained(EMBEDDED)
+    pipe = CogVideoXPipeline.from_pretrained(EMBEDDED, dtype=torch.float32)
     pipe.transformer.set_attn_processor(dcm.concept_attn_processors(pipe.transformer))  # added: line 2
     with dcm.trace(pipe, concepts=["green", "yellow"]) as maps:  # added: line 3
         frames = pipe(

@@ -75,10 +75,11 @@ def test_table_has_a_line_per_concept_and_method(tmp_path: Path, capsys: pytest.
             assert int(line[5]) == int(scores.mean((1, 2)).argmax())
 
 
-def test_model_of_your_own(tmp_path: Path) -> None:
-    tiny_cogvideox.make_pipeline().save_pretrained(tmp_path / "model")
+@pytest.mark.parametrize("rope", [True, False])
+def test_model_of_your_own(rope: bool, tmp_path: Path) -> None:
+    """Sin-cos positions need the text length that the model was built for."""
+    tiny_cogvideox.make_pipeline(rope=rope).save_pretrained(tmp_path / "model")
     arguments = ["a dog", "--concepts", "dog", "--model", str(tmp_path / "model"), "--steps", "1"]
-    # The stock call's default text length is that of CogVideoX; rotary positions take any.
     assert cli.main(["generate", *arguments, "--out", str(tmp_path / "out")]) == 0
     assert dcm.load(tmp_path / "out" / "maps.safetensors").get().shape == (1, 1, *tiny_cogvideox.GRID)
 
@@ -103,24 +104,54 @@ def test_mistakes_are_one_line_and_leave_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def test_failure_while_writing_leaves_the_folder_as_it_was(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("option", [["--steps", "0"], ["--steps", "-3"], ["--seed", "-1"], ["--seed", "9" * 20]])
+def test_numbers_out_of_range_are_refused(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["generate", *option])
+    assert f"argument {option[0]}: '{option[1]}'; expected a whole number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mistake", ["out", "extra"])
+def test_what_would_fail_in_the_end_fails_before_generating(
+    mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "video.mp4").write_text("older", encoding="utf-8")
+    def load(*arguments: Any) -> None:
+        raise AssertionError("the pipeline is loaded")
+
+    monkeypatch.setattr(cli, "_load", load)
+    out = tmp_path / "out"
+    if mistake == "out":
+        out.write_text("a file", encoding="utf-8")
+    else:
+        monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    assert cli.main(["generate", "--out", str(out)]) == 2
+    message = {"out": "File exists", "extra": 'pip install "diffusers-concept-maps[viz]"'}[mistake]
+    assert message in capsys.readouterr().err
+
+
+def test_failure_while_writing_leaves_the_folder_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "video.mp4").write_text("older", encoding="utf-8")
+    (tmp_path / "empty").mkdir()
 
     def fail(*arguments: Any, **options: Any) -> None:
         raise OSError("no space left")
 
     monkeypatch.setattr(figure, "contact_sheet", fail)
-    assert cli.main(["generate", "--steps", "1", "--out", str(tmp_path)]) == 2
-    assert names(tmp_path) == {"video.mp4"}
-    assert (tmp_path / "video.mp4").read_text(encoding="utf-8") == "older"
+    for name in ("old", "empty", "new"):
+        assert cli.main(["generate", "--steps", "1", "--out", str(tmp_path / name)]) == 2
+    assert names(tmp_path) == {"old", "empty"}
+    assert names(tmp_path / "empty") == set()
+    assert names(tmp_path / "old") == {"video.mp4"}
+    assert (tmp_path / "old" / "video.mp4").read_text(encoding="utf-8") == "older"
 
 
 def test_other_files_in_the_folder_stay(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
-    assert cli.main(["generate", "--steps", "1", "--concepts", "red", "--out", str(tmp_path)]) == 0
+    assert cli.main(["generate", "--steps", "1", "--concepts", "red", "--fps", "3", "--out", str(tmp_path)]) == 0
     assert names(tmp_path) == FILES | {"notes.txt", "overlay_0_red.mp4"}
+    for name in ("video.mp4", "overlay_0_red.mp4"):
+        assert imageio_ffmpeg.count_frames_and_secs(str(tmp_path / name)) == (6, pytest.approx(2, abs=0.1))
 
 
 @pytest.mark.parametrize(
@@ -161,6 +192,16 @@ def test_info(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "concepts  red, blue, background" in out
     assert "concept_attention  1 x 6 frames of 8 x 8 tokens" in out
     assert "CogVideoXTransformer3DModel" in out
+
+
+def test_info_prints_nothing_that_steers_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    maps = dcm.ConceptMaps(["a\x1b[31m"], ["m"], lambda _: torch.zeros(1, 1, 1, 2, 2), {"model": "b\x1b[0m"})
+    maps.save(tmp_path / "maps.safetensors")
+    assert cli.main(["info", str(tmp_path / "maps.safetensors")]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "a?[31m" in out
+    assert "b?[0m" in out
 
 
 def test_info_of_what_is_no_file_of_maps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

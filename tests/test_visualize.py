@@ -14,6 +14,7 @@ from PIL import Image
 
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
 from diffusers_concept_maps.maps import ConceptMap, upsample_map
+from diffusers_concept_maps.visualize import figure
 from diffusers_concept_maps.visualize.figure import contact_sheet
 from diffusers_concept_maps.visualize.overlay import as_pictures, enlarge, overlay
 from diffusers_concept_maps.visualize.video import write_image, write_video
@@ -81,11 +82,48 @@ def test_single_image_is_one_frame(pixels: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize(
-    "frames", [[], ["x"], np.zeros((4, 4, 3)), torch.zeros(2, 4, 4, 3), torch.zeros(2, 3, 4, 4, dtype=torch.uint8)]
+    "frames",
+    [
+        [],
+        ["x"],
+        np.zeros((4, 4, 3)),
+        np.zeros((0, 4, 4, 3)),
+        torch.zeros(2, 4, 4, 3),
+        torch.zeros(2, 3, 4, 4, dtype=torch.uint8),
+    ],
 )
 def test_other_frames_are_refused(frames: object) -> None:
     with pytest.raises(ConceptMapsValueError, match="expected the frames of one video"):
         as_pictures(frames)
+
+
+@pytest.mark.parametrize(
+    ("frames", "given"),
+    [
+        (torch.full((2, 3, 4, 4), -0.5), r"float32 from -0\.5 to -0\.5"),
+        (np.full((2, 4, 4, 3), 1.5), r"float64 from 1\.5 to 1\.5"),
+        (np.full((2, 4, 4, 3), np.nan), "float64 from nan to nan"),
+        (np.full((2, 4, 4, 3), 1), "int64 from 1 to 1"),
+    ],
+)
+def test_values_that_are_no_pixels_are_refused(frames: np.ndarray | torch.Tensor, given: str) -> None:
+    """Latents, and integers whose scale is unknown, would give a wrong picture without a word."""
+    with pytest.raises(ConceptMapsValueError, match=given):
+        as_pictures(frames)
+
+
+def test_frames_of_different_sizes_are_refused() -> None:
+    with pytest.raises(ConceptMapsValueError, match=r"sizes \[\(8, 8\), \(9, 8\)\]; expected one size"):
+        as_pictures([Image.new("RGB", (8, 8)), Image.new("RGB", (9, 8))])
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite_are_refused(score: float, pixels: np.ndarray, concept_map: torch.Tensor) -> None:
+    concept_map[1, 2, 3] = score
+    with pytest.raises(ConceptMapsValueError, match="infinite or not a number"):
+        overlay(pixels, concept_map)
+    with pytest.raises(ConceptMapsValueError, match="infinite or not a number"):
+        contact_sheet(pixels, concept_map[None], ["dog"])
 
 
 def test_wrong_map_and_opacity_are_refused(pixels: np.ndarray, concept_map: torch.Tensor) -> None:
@@ -129,9 +167,42 @@ def test_failed_writes_leave_the_older_file_alone(tmp_path: Path) -> None:
     }
 
 
-def test_video_without_frames_is_refused(tmp_path: Path) -> None:
+def test_encoder_that_fails_midway_leaves_the_older_file_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a full disk: the encoder takes every frame, writes a part and says so only when it ends."""
+    encoder = tmp_path / "encoder"
+    encoder.write_text(
+        '#!/bin/sh\ncat > /dev/null\nfor last; do :; done\necho part > "$last"\necho "No space left" >&2\nexit 1\n'
+    )
+    encoder.chmod(0o755)
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(encoder))
+    clip = tmp_path / "videos" / "clip.mp4"
+    clip.parent.mkdir()
+    clip.write_text("older", encoding="utf-8")
+    with pytest.raises(ConceptMapsError, match="no video could be written to .*videos.*No space left"):
+        write_video(clip, [Image.new("RGB", (32, 32))])
+    assert [path.name for path in clip.parent.iterdir()] == ["clip.mp4"]
+    assert clip.read_text(encoding="utf-8") == "older"
+
+
+def test_video_into_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConceptMapsError, match="No such file or directory"):
+        write_video(tmp_path / "missing" / "clip.mp4", [Image.new("RGB", (32, 32))])
+
+
+def test_video_name_is_never_read_as_an_option_or_a_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("-y.mp4", "pipe:1.mp4", "clip_%03d.mp4"):
+        write_video(name, [Image.new("RGB", (32, 32))])
+        assert read_video(tmp_path / name).shape == (1, 32, 32, 3)
+
+
+def test_video_without_frames_or_of_another_format_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConceptMapsValueError, match="no frames"):
         write_video(tmp_path / "clip.mp4", [])
+    with pytest.raises(ConceptMapsValueError, match=r"clip\.gif' is no name of an MP4 file"):
+        write_video(tmp_path / "clip.gif", [Image.new("RGB", (32, 32))])
 
 
 @pytest.mark.parametrize("missing", ["matplotlib", "imageio_ffmpeg"])
@@ -188,9 +259,66 @@ def test_contact_sheet_takes_any_concept_text() -> None:
     frames = [Image.new("RGB", (8, 8), (1, 2, 3))] * 2
     plain = contact_sheet(frames, torch.rand(1, 2, 4, 4), ["dog"])
     for text in (r"$\frac{1}{0}$", "<b>&amp;", "word " * 80, "ein Wort\nund noch eins", "$"):
-        odd = contact_sheet(frames, torch.rand(1, 2, 4, 4), [text], title=text)
+        odd = contact_sheet(frames, torch.rand(1, 2, 4, 4), [text])
         assert odd.size == plain.size
         assert _distinct(odd, (1, 2, 3)) == _distinct(plain, (1, 2, 3))
+
+
+def test_contact_sheet_title_is_wrapped_and_never_cut() -> None:
+    """Every word of a long title has its room: the sheet grows by whole lines, and the right margin stays empty."""
+    frames = [Image.new("RGB", (8, 8))] * 3
+    short, long = (
+        np.asarray(contact_sheet(frames, torch.rand(1, 3, 4, 4), ["dog"], title="word " * count)) for count in (1, 60)
+    )
+    assert long.shape[1] == short.shape[1]
+    grown = long.shape[0] - short.shape[0]
+    assert grown > 40
+    assert (long[:grown, -5:] == 255).all()
+    assert (long[:grown] != 255).any()
+
+
+def test_contact_sheet_of_a_constant_map_is_flat() -> None:
+    """Every cell has the color of the lowest score, the last one too, and the legend shows that color alone."""
+    frames = [Image.new("RGB", (20, 10), (10, 200, 10))] * 4
+    sheet = contact_sheet(frames, torch.full((1, 4, 2, 4), 0.25), ["dog"])
+    is_dark = (np.asarray(sheet) == np.array(colormaps["inferno"](0.0, bytes=True)[:3])).all(-1)
+    edges = np.flatnonzero(np.diff(is_dark.any(0).astype(int)))
+    widths = edges[1::2] - edges[::2]
+    assert len(widths) == 5  # four cells and the legend
+    np.testing.assert_allclose(widths[:4], 116, atol=2)
+    assert is_dark[:, edges[8] + 1 : edges[9] + 1].sum() > 200
+
+
+def test_contact_sheet_legend_tells_close_scores_apart() -> None:
+    assert figure._numbers([0.0756, 0.5983]) == ["0.0756", "0.598"]
+    assert figure._numbers([0.33333, 0.33334]) == ["0.33333", "0.33334"]
+    assert figure._numbers([0.25]) == ["0.25"]
+
+
+def test_contact_sheet_labels_stay_in_their_row() -> None:
+    """Also where frames are flat: beside a concept whose name is blank nothing is written."""
+    frames = [Image.new("RGB", (200, 20), (10, 200, 10))] * 2
+    maps = torch.zeros(3, 2, 2, 20)
+    maps[1] = torch.arange(20) / 19
+    sheet = contact_sheet(frames, maps, ["a long name " * 9, " ", "a long name " * 9])
+    pixels = np.asarray(sheet).astype(int)
+    is_bright = (pixels == np.array(colormaps["inferno"](1.0, bytes=True)[:3])).all(-1)
+    rows = np.flatnonzero(is_bright[:, : sheet.width * 2 // 3].any(1))
+    assert (pixels[rows[0] - 5 : rows[-1] + 5, :140] == 255).all()
+
+
+def test_contact_sheet_labels_never_cover_a_cell() -> None:
+    frames = [Image.new("RGB", (8, 8))] * 2
+    maps = torch.zeros(1, 2, 4, 4)
+    maps[0, 0] = 1.0  # the cell beside the label
+    bright = tuple(colormaps["inferno"](1.0, bytes=True)[:3])
+    narrow, wide = (_distinct(contact_sheet(frames, maps, [text]), bright) for text in ("i", "W" * 60))
+    assert narrow == wide
+
+
+def test_contact_sheet_refuses_no_columns() -> None:
+    with pytest.raises(ConceptMapsValueError, match="columns is 0; expected at least 1"):
+        contact_sheet([Image.new("RGB", (8, 8))] * 3, torch.rand(1, 3, 4, 4), ["dog"], columns=0)
 
 
 def test_contact_sheet_refuses_other_numbers_of_names() -> None:

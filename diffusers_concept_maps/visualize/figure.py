@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
+from diffusers_concept_maps.errors import ConceptMapsValueError
 from diffusers_concept_maps.maps import upsample_map
-from diffusers_concept_maps.visualize.overlay import COLORMAP, as_pictures, scale_of
+from diffusers_concept_maps.visualize import require
+from diffusers_concept_maps.visualize.overlay import as_pictures, colorize, normalized, scale_of
 
-_CELL, _LABEL, _LEGEND, _TITLE = 1.1, 1.35, 0.95, 0.42  # inches
+_CELL, _LABEL, _LEGEND, _HEADING, _LOWEST = 1.1, 1.35, 0.95, 0.22, 0.44  # inches
+_LINE = 0.16  # inches from one line of text to the next
 
 
 def contact_sheet(
@@ -24,7 +26,8 @@ def contact_sheet(
     """The frames of a clip in the first row, and below them one row of maps for each concept.
 
     Every row has one color scale, from the lowest to the highest score of that concept over the whole clip, with a
-    legend at its end. Of a longer clip evenly spaced frames are shown; their numbers stand above the columns.
+    legend at its end. Of a longer clip evenly spaced frames are shown; their numbers stand above the columns, and the
+    label of the first row says how many of how many they are.
 
     Args:
         frames: as for `overlay.as_pictures`.
@@ -37,29 +40,28 @@ def contact_sheet(
         An RGB picture.
 
     Raises:
-        ConceptMapsValueError: the number of names is not that of the maps.
+        ConceptMapsValueError: the number of names is not that of the maps, no columns, or scores that are not finite.
         ConceptMapsError: matplotlib is not installed.
     """
     if maps.ndim != 4 or len(concepts) != maps.shape[0]:
         raise ConceptMapsValueError(
             f"maps of shape {tuple(maps.shape)} for {len(concepts)} concepts; expected [concept, frame, height, width]"
         )
+    if columns < 1:
+        raise ConceptMapsValueError(f"columns is {columns}; expected at least 1")
     pictures = as_pictures(frames)
     shown = np.linspace(0, len(pictures) - 1, min(columns, len(pictures))).round().astype(int)
     width, height = pictures[0].size
-    scores = upsample_map(maps.float().cpu(), (height, width), len(pictures)).numpy()
     sheet = _Sheet(len(concepts) + 1, len(shown), height / width, title)
-    sheet.label(0, "video")
+    sheet.label(0, "video" if len(shown) == len(pictures) else f"video, {len(shown)} of {len(pictures)} frames")
     for column, index in enumerate(shown):
-        axes = sheet.cell(0, column)
-        axes.imshow(pictures[index], interpolation="nearest")
-        axes.set_title(f"frame {index}", fontsize=7, pad=2)
-    for row, concept in enumerate(concepts, start=1):
-        low, high = scale_of(maps[row - 1])
+        sheet.cell(0, column, np.asarray(pictures[index])).set_title(f"frame {index}", fontsize=7, pad=2)
+    for row, (concept, concept_map) in enumerate(zip(concepts, maps.float().cpu(), strict=True), start=1):
+        scores = upsample_map(normalized(concept_map), (height, width), len(pictures))[shown]
         sheet.label(row, concept)
-        for column, index in enumerate(shown):
-            shade = sheet.cell(row, column).imshow(scores[row - 1, index], cmap=COLORMAP, vmin=low, vmax=high)
-        sheet.legend(row, shade, low, high)
+        for column, score in enumerate(scores.numpy()):
+            sheet.cell(row, column, colorize(score))
+        sheet.legend(row, *scale_of(concept_map))
     return sheet.picture()
 
 
@@ -67,39 +69,45 @@ class _Sheet:
     """A figure of equal cells with room for labels on the left, legends on the right and a title on top."""
 
     def __init__(self, rows: int, columns: int, aspect: float, title: str) -> None:
-        try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ConceptMapsError(
-                'contact sheets need matplotlib; install it with: pip install "diffusers-concept-maps[viz]"'
-            ) from error
         self._width = _LABEL + _CELL * columns + _LEGEND
-        self._row = _CELL * aspect
-        self._height = _TITLE + self._row * rows + 0.1
-        self._figure = Figure(figsize=(self._width, self._height), dpi=110, facecolor="white")
-        FigureCanvasAgg(self._figure)
-        self._figure.text(0.02, 1 - 0.35 * _TITLE / self._height, _plain(title), va="center", fontsize=9)
+        self._row = max(_CELL * aspect, _LOWEST)
+        heading = textwrap.fill(_plain(title), int(self._width / 0.075))
+        self._top = _LINE * (heading.count("\n") + 1) + _HEADING
+        self._height = self._top + self._row * rows + 0.1
+        size = (self._width, self._height)
+        self._figure = require("matplotlib.figure").Figure(figsize=size, dpi=110, facecolor="white")
+        self._figure.text(0.1 / self._width, 1 - 0.06 / self._height, heading, va="top", fontsize=9, parse_math=False)
 
     def _bottom(self, row: int) -> float:
-        return 1 - (_TITLE + self._row * (row + 1)) / self._height
+        return 1 - (self._top + self._row * (row + 1)) / self._height
 
     def label(self, row: int, text: str) -> None:
+        """As many lines as the row has room for; cells lie above, so that a wide label never covers them."""
         middle = self._bottom(row) + self._row / self._height / 2
-        self._figure.text(0.02, middle, _plain(_wrapped(text)), va="center", fontsize=9, weight="bold")
+        lines = textwrap.wrap(_plain(text), 16, max_lines=int(self._row / _LINE), placeholder=" ...")
+        style = {"fontsize": 9, "weight": "bold", "linespacing": 1.1, "zorder": -1, "parse_math": False}
+        self._figure.text(0.1 / self._width, middle, "\n".join(lines), va="center", **style)
 
-    def cell(self, row: int, column: int) -> Any:
+    def cell(self, row: int, column: int, pixels: np.ndarray) -> Any:
         left = (_LABEL + column * _CELL) / self._width
         size = (_CELL / self._width * 0.96, self._row / self._height * 0.96)
         axes = self._figure.add_axes((left, self._bottom(row), *size))
         axes.set_axis_off()
+        axes.imshow(pixels, interpolation="nearest")
         return axes
 
-    def legend(self, row: int, shade: Any, low: float, high: float) -> None:
+    def legend(self, row: int, low: float, high: float) -> None:
+        """The colors from the highest score at the top to the lowest; of a constant map its one color."""
         height = self._row / self._height
-        place = (1 - 0.78 * _LEGEND / self._width, self._bottom(row) + 0.08 * height, 0.1 / self._width, 0.8 * height)
-        bar = self._figure.colorbar(shade, cax=self._figure.add_axes(place), ticks=[low, high])
-        bar.ax.set_yticklabels([f"{low:.3g}", f"{high:.3g}"], fontsize=7)
+        place = (1 - 0.78 * _LEGEND / self._width, self._bottom(row) + 0.1 * height, 0.1 / self._width, 0.76 * height)
+        axes = self._figure.add_axes(place)
+        scores = np.linspace(0, 1, 256) if high > low else np.zeros(256)
+        axes.imshow(colorize(scores)[:, None], aspect="auto", origin="lower", extent=(0, 1, 0, 1))
+        ticks = {0.0: low, 1.0: high} if high > low else {0.5: low}
+        axes.set_xticks([])
+        axes.set_yticks(list(ticks), _numbers(list(ticks.values())), fontsize=7)
+        axes.yaxis.tick_right()
+        axes.tick_params(length=2, pad=2)
 
     def picture(self) -> Image.Image:
         buffer = io.BytesIO()
@@ -108,12 +116,11 @@ class _Sheet:
 
 
 def _plain(text: str) -> str:
-    """Text that matplotlib neither reads as mathematics nor has no glyph for."""
-    return "".join(character if character.isprintable() or character == "\n" else " " for character in text).replace(
-        "$", r"\$"
-    )
+    """Text without the control characters that no font has a glyph for."""
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
-def _wrapped(text: str, width: int = 16, lines: int = 3) -> str:
-    """A label in short lines, cut where it is too long."""
-    return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" ..."))
+def _numbers(values: Sequence[float]) -> list[str]:
+    """Numbers with three digits, or with as many as it takes to tell them apart."""
+    digits = next(n for n in range(3, 18) if len({f"{value:.{n}g}" for value in values}) == len(values))
+    return [f"{value:.{digits}g}" for value in values]

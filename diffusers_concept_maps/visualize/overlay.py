@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
+from diffusers_concept_maps.errors import ConceptMapsValueError
 from diffusers_concept_maps.maps import upsample_map
+from diffusers_concept_maps.visualize import require
 
 COLORMAP = "inferno"
 """A perceptually uniform colormap of matplotlib, whose brightness rises with the score."""
@@ -24,23 +25,35 @@ def as_pictures(frames: Any) -> list[Image.Image]:
             floating tensor `[frame, 3, height, width]` in 0..1.
 
     Raises:
-        ConceptMapsValueError: anything else.
+        ConceptMapsValueError: anything else, values outside 0..1, no frame, or frames of different sizes.
     """
     if isinstance(frames, Image.Image):
         return [frames.convert("RGB")]
     if isinstance(frames, Sequence) and frames and all(isinstance(frame, Image.Image) for frame in frames):
+        if len({frame.size for frame in frames}) > 1:
+            raise ConceptMapsValueError(f"frames of sizes {[f.size for f in frames]}; expected one size for a video")
         return [frame.convert("RGB") for frame in frames]
     if isinstance(frames, torch.Tensor) and frames.ndim == 4 and frames.shape[1] == 3 and frames.is_floating_point():
         frames = frames.detach().float().cpu().permute(0, 2, 3, 1).numpy()
-    if not isinstance(frames, np.ndarray) or frames.ndim != 4 or frames.shape[3] != 3:
+    if not isinstance(frames, np.ndarray) or frames.ndim != 4 or frames.shape[3] != 3 or frames.size == 0:
         shape = f" of shape {tuple(frames.shape)}" if hasattr(frames, "shape") else ""
         raise ConceptMapsValueError(
             f"frames are {type(frames).__name__}{shape}; expected the frames of one video: PIL images, an array "
             f"[frame, height, width, 3] or a tensor [frame, 3, height, width]"
         )
-    if frames.dtype != np.uint8:
-        frames = (frames.clip(0, 1) * 255).round().astype(np.uint8)
-    return [Image.fromarray(frame) for frame in frames]
+    return [Image.fromarray(frame) for frame in _bytes(frames)]
+
+
+def _bytes(frames: np.ndarray) -> np.ndarray:
+    if frames.dtype == np.uint8:
+        return frames
+    low, high = frames.min(), frames.max()
+    if not (np.issubdtype(frames.dtype, np.floating) and low >= 0 and high <= 1):
+        raise ConceptMapsValueError(
+            f"frames are {frames.dtype} from {low:.3g} to {high:.3g}; expected uint8, or floats in 0..1 as pipelines "
+            f"return them (latents are no frames)"
+        )
+    return (frames * 255).round().astype(np.uint8)
 
 
 def enlarge(frames: Sequence[Image.Image], width: int) -> list[Image.Image]:
@@ -50,7 +63,13 @@ def enlarge(frames: Sequence[Image.Image], width: int) -> list[Image.Image]:
 
 
 def scale_of(concept_map: torch.Tensor) -> tuple[float, float]:
-    """Lowest and highest score of a map over the whole clip: the ends of its color scale."""
+    """Lowest and highest score of a map over the whole clip: the ends of its color scale.
+
+    Raises:
+        ConceptMapsValueError: a score is infinite or not a number.
+    """
+    if not concept_map.isfinite().all():
+        raise ConceptMapsValueError("the map holds scores that are infinite or not a number; expected finite ones")
     return float(concept_map.min()), float(concept_map.max())
 
 
@@ -66,13 +85,7 @@ def colorize(scores: np.ndarray) -> np.ndarray:
     Raises:
         ConceptMapsError: matplotlib is not installed.
     """
-    try:
-        from matplotlib import colormaps
-    except ImportError as error:
-        raise ConceptMapsError(
-            'pictures need matplotlib; install it with: pip install "diffusers-concept-maps[viz]"'
-        ) from error
-    return np.asarray(colormaps[COLORMAP](scores))[..., :3]
+    return np.asarray(require("matplotlib").colormaps[COLORMAP](scores))[..., :3]
 
 
 def overlay(frames: Any, concept_map: torch.Tensor, *, opacity: float = 0.6) -> list[Image.Image]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
+from diffusers_concept_maps.visualize import require
 
 
 def write_video(path: str | os.PathLike[str], frames: Sequence[Image.Image], *, fps: int = 8) -> None:
@@ -24,28 +25,17 @@ def write_video(path: str | os.PathLike[str], frames: Sequence[Image.Image], *, 
         fps: frames per second.
 
     Raises:
-        ConceptMapsValueError: no frames, or frames of different sizes.
-        ConceptMapsError: imageio-ffmpeg is not installed.
+        ConceptMapsValueError: no frames, frames of different sizes, or a file name that does not end in `.mp4`.
+        ConceptMapsError: imageio-ffmpeg is not installed, or the encoder failed.
     """
-    try:
-        import imageio_ffmpeg
-    except ImportError as error:
-        raise ConceptMapsError(
-            'videos need imageio-ffmpeg; install it with: pip install "diffusers-concept-maps[viz]"'
-        ) from error
+    ffmpeg = require("imageio_ffmpeg").get_ffmpeg_exe()
     _check(frames)
-    target = Path(path)
-    partial = target.with_name(f".{target.stem}.partial{target.suffix}")
+    target = Path(path).absolute()  # never read as an option or a protocol
+    if target.suffix.lower() != ".mp4":
+        raise ConceptMapsValueError(f"{os.fspath(path)!r} is no name of an MP4 file; let it end in .mp4")
+    partial = target.with_name(f".{target.stem}.partial.mp4")
     try:
-        pixels = [_even(np.asarray(frame.convert("RGB"))) for frame in frames]
-        height, width, _ = pixels[0].shape
-        writer = imageio_ffmpeg.write_frames(
-            str(partial), (width, height), fps=fps, codec="libx264", pix_fmt_out="yuv420p", macro_block_size=1
-        )
-        with closing(writer):
-            writer.send(None)  # starts the encoder
-            for frame in pixels:
-                writer.send(np.ascontiguousarray(frame))
+        _encode(ffmpeg, partial, frames, fps)
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
@@ -77,6 +67,19 @@ def _check(frames: Sequence[Image.Image]) -> None:
                 f"frame {index} is {frame.width} x {frame.height} pixels; expected {first.width} x {first.height}, as "
                 f"the first"
             )
+
+
+def _encode(ffmpeg: str, path: Path, frames: Sequence[Image.Image], fps: int) -> None:
+    """Run the encoder, and look at how it ended: imageio's writers do not, and keep what a full disk cut off."""
+    pixels = np.stack([_even(np.asarray(frame.convert("RGB"))) for frame in frames])
+    _, height, width, _ = pixels.shape
+    source = ("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-")
+    codec = ("-c:v", "libx264", "-crf", "18", "-pix_fmt", "yuv420p", "-movflags", "+faststart")
+    command = (ffmpeg, "-y", "-v", "error", *source, *codec, str(path))
+    done = subprocess.run(command, input=pixels.tobytes(), capture_output=True, check=False)
+    if done.returncode != 0:
+        reason = done.stderr.decode(errors="replace").strip() or f"exit status {done.returncode}"
+        raise ConceptMapsError(f"no video could be written to {str(path.parent)!r}: {reason}")
 
 
 def _even(frame: np.ndarray) -> np.ndarray:
