@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from diffusers_concept_maps.errors import ConceptMapsValueError
+
 FRAMES, HEIGHT, WIDTH = 6, 32, 32
 COLORS: dict[str, tuple[float, float, float]] = {
     "red": (0.92, 0.12, 0.12),
@@ -65,7 +67,7 @@ class Scenes:
 
 @dataclass(frozen=True)
 class _Plan:
-    """A scene before it is drawn; arrays as in `Scenes`, plus `centre [n, 2, frame, 2]` and `radius [n, 2, frame]`."""
+    """A scene before it is drawn; arrays as in `Scenes`, plus `center [n, 2, frame, 2]` and `radius [n, 2, frame]`."""
 
     color: np.ndarray
     shape: np.ndarray
@@ -73,7 +75,7 @@ class _Plan:
     start: np.ndarray
     count: np.ndarray
     background: np.ndarray
-    centre: np.ndarray
+    center: np.ndarray
     radius: np.ndarray
 
 
@@ -108,7 +110,7 @@ def _is_held_out(color: np.ndarray, shape: np.ndarray) -> np.ndarray:
 def _trajectories(
     rng: np.random.Generator, shape: np.ndarray, motion: np.ndarray, start: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Centres `[n, attempts, 2, frame, 2]` in pixels and radii `[n, 2, frame]`, inside the frame at all times."""
+    """Centers `[n, attempts, 2, frame, 2]` in pixels and radii `[n, 2, frame]`, inside the frame at all times."""
     n = len(motion)
     steps = np.clip(np.arange(FRAMES) - start[..., None], 0, None).astype(float)
     span = FRAMES - 1 - start
@@ -146,7 +148,7 @@ def _plan(rng: np.random.Generator, n: int, objects: int | None, held_out: bool)
     late = (rng.random((n, 2)) < 0.4) & (motion != STILL)
     start = np.where(late, rng.integers(2, 4, size=(n, 2)), 0)
     background = (rng.random(n) >= 0.6).astype(int)
-    centre, radius = np.zeros((n, 2, FRAMES, 2)), np.zeros((n, 2, FRAMES))
+    center, radius = np.zeros((n, 2, FRAMES, 2)), np.zeros((n, 2, FRAMES))
     todo = np.arange(n)
     while len(todo):
         places, radii = _trajectories(rng, shape[todo], motion[todo], start[todo])
@@ -154,18 +156,27 @@ def _plan(rng: np.random.Generator, n: int, objects: int | None, held_out: bool)
         gap = np.linalg.norm(places[:, :, 0] - places[:, :, 1], axis=-1) - reach[:, None]
         apart = (gap > 1.0).all(-1) | (count[todo] == 1)[:, None]
         placed = apart.any(1)
-        centre[todo[placed]] = places[placed, apart[placed].argmax(1)]
+        center[todo[placed]] = places[placed, apart[placed].argmax(1)]
         radius[todo[placed]] = radii[placed]
         todo = todo[~placed]
-    return _Plan(color, shape, motion, start, count, background, centre, radius)
+    return _Plan(color, shape, motion, start, count, background, center, radius)
 
 
-def _coverage(shape: torch.Tensor, centre: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
-    """Anti-aliased coverage `[n, 2, frame, height, width]` from the signed distance to each outline, in pixels."""
-    rows = torch.arange(HEIGHT, device=centre.device) + 0.5
-    columns = torch.arange(WIDTH, device=centre.device) + 0.5
-    x = columns - centre[..., 0, None, None]
-    y = rows[:, None] - centre[..., 1, None, None]
+def coverage(shape: torch.Tensor, center: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
+    """Anti-aliased coverage of objects, from the signed distance to their outlines.
+
+    Args:
+        shape: indices into `SHAPES` `[..., object]`.
+        center: x and y in pixels `[..., object, frame, 2]`.
+        radius: in pixels `[..., object, frame]`.
+
+    Returns:
+        float `[..., object, frame, height, width]` in [0, 1].
+    """
+    rows = torch.arange(HEIGHT, device=center.device) + 0.5
+    columns = torch.arange(WIDTH, device=center.device) + 0.5
+    x = columns - center[..., 0, None, None]
+    y = rows[:, None] - center[..., 1, None, None]
     r = radius[..., None, None]
     kind = shape[..., None, None, None]
     circle = (x.square() + y.square()).sqrt() - r
@@ -189,7 +200,7 @@ def _render(plan: _Plan, rng: np.random.Generator, device: torch.device | str) -
     slope = column * angle.cos()[:, None, None] + row * angle.sin()[:, None, None]
     ground = (base[:, None, None] + 0.06 * slope)[:, None, None].expand(n, FRAMES, 3, HEIGHT, WIDTH)
     present = tensor(np.arange(2) < plan.count[:, None])
-    masks = _coverage(tensor(plan.shape), tensor(plan.centre), tensor(plan.radius)) * present[..., None, None, None]
+    masks = coverage(tensor(plan.shape), tensor(plan.center), tensor(plan.radius)) * present[..., None, None, None]
     paint = tensor(np.array(list(COLORS.values()))[plan.color])
     colored = (masks[:, :, :, None] * paint[:, :, None, :, None, None]).sum(1)
     video = ground * (1 - masks.sum(1))[:, :, None] + colored
@@ -217,12 +228,12 @@ def sample_scenes(
         `Scenes` of `n` clips of `FRAMES` x `HEIGHT` x `WIDTH`.
 
     Raises:
-        ValueError: `n` or `objects` out of range.
+        ConceptMapsValueError: `n` or `objects` out of range.
     """
     if n < 1:
-        raise ValueError(f"n is {n}; expected at least one scene")
+        raise ConceptMapsValueError(f"n is {n}; expected at least one scene")
     if objects not in (None, 1, 2):
-        raise ValueError(f"objects is {objects!r}; expected 1, 2 or None for a mix")
+        raise ConceptMapsValueError(f"objects is {objects!r}; expected 1, 2 or None for a mix")
     plan = _plan(rng, n, objects, held_out)
     video, masks = _render(plan, rng, device)
     moves = (np.arange(FRAMES) >= plan.start[..., None]) & (plan.motion != STILL)[..., None]

@@ -5,7 +5,7 @@ diffusers_concept_maps.shapes.train ...`. On a GPU one process and `--batch 512`
 trained together on the v-prediction loss alone; attention is never supervised with the masks.
 
 A run writes `checkpoint.safetensors` (weights and their moving average, half precision), `curve.csv` and, at the end,
-the pipeline folder `pipeline/`. `--resume CHECKPOINT` continues; the optimiser's state is not kept, it warms up again.
+the pipeline folder `pipeline/`. `--resume CHECKPOINT` continues; the optimizer's state is not kept, it warms up again.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class _PlainAttnProcessor:
 
 @dataclass
 class _Model:
-    """The two trained networks in bfloat16, and the float32 weights that the optimisers and the average work on."""
+    """The two trained networks in bfloat16, and the float32 weights that the optimizers and the average work on."""
 
     transformer: CogVideoXTransformer3DModel
     text_encoder: T5EncoderModel
@@ -131,7 +131,7 @@ class _Model:
         pipe.save_pretrained(folder)
 
 
-def _optimisers(model: _Model, learning_rate: float) -> list[torch.optim.Optimizer]:
+def _optimizers(model: _Model, learning_rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for everything else."""
     inside = (".attn1.to_", ".ff.net.", ".SelfAttention.", ".DenseReluDense.")
     matrices: list[torch.Tensor] = []
@@ -225,16 +225,17 @@ class _Log:
 
 def _train(arguments: argparse.Namespace, rank: int, world: int, device: torch.device) -> None:
     model = _Model.build(device)
-    step = clips = 0
+    step, clips, earlier = 0, 0, 0.0
     if arguments.resume:
         model.load(arguments.resume)
         with safe_open(arguments.resume, "pt") as file:
-            step = int(json.loads(file.metadata()["progress"])["step"])
-            clips = int(json.loads(file.metadata()["progress"])["clips"])
-    optimisers = _optimisers(model, arguments.learning_rate)
+            progress = json.loads(file.metadata()["progress"])
+        step, clips, earlier = int(progress["step"]), int(progress["clips"]), float(progress.get("seconds", 0))
+    optimizers = _optimizers(model, arguments.learning_rate)
     objective = _Objective(arguments.batch, rank, world, arguments.seed + step, device)
     output: Path = arguments.output
     output.mkdir(parents=True, exist_ok=True)
+    checkpoint = output / "checkpoint.safetensors"
     log = _Log(output / "curve.csv") if rank == 0 else None
     start = saved = time.monotonic()
     first_step, first_clip = step, clips
@@ -243,20 +244,20 @@ def _train(arguments: argparse.Namespace, rank: int, world: int, device: torch.d
         losses = objective(model)
         losses.mean().backward()
         _reduce_gradients(model, world)
-        for optimiser in optimisers:
-            for group in optimiser.param_groups:
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
                 group["lr"] = rate
-            optimiser.step()
+            optimizer.step()
         done = step - first_step + 1
         model.publish(decay=_EMA_DECAY if arguments.resume else min(_EMA_DECAY, done / (done + 9)))
         step, clips = step + 1, clips + arguments.batch * world
         if log:
-            log.add(losses, step, clips, time.monotonic() - start, rate)
+            log.add(losses, step, clips, earlier + time.monotonic() - start, rate)
             if time.monotonic() - saved > _SAVE_SECONDS:
                 saved = time.monotonic()
-                model.save(output / "checkpoint.safetensors", {"step": step, "clips": clips})
+                model.save(checkpoint, {"step": step, "clips": clips, "seconds": earlier + saved - start})
     if rank == 0:
-        model.save(output / "checkpoint.safetensors", {"step": step, "clips": clips})
+        model.save(checkpoint, {"step": step, "clips": clips, "seconds": earlier + time.monotonic() - start})
         model.export(output / "pipeline")
 
 
