@@ -24,7 +24,14 @@ from diffusers_concept_maps.concepts import encode_concepts
 from diffusers_concept_maps.errors import ConceptMapsValueError
 from diffusers_concept_maps.shapes.captions import TEXT_LENGTH, full_captions
 from diffusers_concept_maps.shapes.judge import both_colors, judge
-from diffusers_concept_maps.shapes.model import HEADS, LAYERS, PATCH, load_shapes_pipeline
+from diffusers_concept_maps.shapes.model import (
+    GUIDANCE_SCALE,
+    HEADS,
+    LAYERS,
+    PATCH,
+    STEPS,
+    load_shapes_pipeline,
+)
 from diffusers_concept_maps.shapes.scenes import (
     BACKGROUNDS,
     COLORS,
@@ -43,12 +50,9 @@ WORDS_OF = {"color": tuple(COLORS), "shape": SHAPES, "motion": MOTIONS}
 """The words of every attribute, in the order in which `Scenes` counts them."""
 
 GUIDANCE_SCALES = (1.5, 2.0, 3.0, 4.0)
-"""Guidance scales that were compared on noise of the development seed."""
+"""Guidance scales that were compared on noise of the development seed; `model.GUIDANCE_SCALE` is the best of them."""
 
-GUIDANCE_SCALE = 2.0
-"""The one of them with the highest sum of the two gated rates there; what everything is generated with."""
-
-_STEPS, _BATCH, _FORWARD_BATCH = 20, 12, 64
+_BATCH, _FORWARD_BATCH = 12, 64
 _PROMPTS, _PAIR_PROMPTS, _JUDGE_CLIPS, _DEVELOPMENT_CLIPS, _EVALUATION_CLIPS = 120, 24, 350, 128, 256
 _NOISE_LEVEL, _NOISE_SEED = 0.6, 20_003
 _GATED_METHODS = ("cross_attention", "gramcol")
@@ -127,7 +131,7 @@ def score_generation(
     seed: int = EVALUATION_SEED,
     guidance_scale: float = GUIDANCE_SCALE,
 ) -> dict[str, float]:
-    """Share of single-object prompts that the pipeline follows, in 20 steps.
+    """Share of single-object prompts that the pipeline follows.
 
     Args:
         pipe: the embedded model or one like it.
@@ -307,7 +311,7 @@ def _generate(pipe: CogVideoXPipeline, texts: Sequence[str], seed: int, guidance
         output = pipe(
             prompt=list(texts[start : start + _BATCH]),
             num_frames=FRAMES,
-            num_inference_steps=_STEPS,
+            num_inference_steps=STEPS,
             guidance_scale=guidance_scale,
             max_sequence_length=TEXT_LENGTH,
             output_type="pt",

@@ -18,7 +18,7 @@ from diffusers_concept_maps.shapes import evaluate, model
 from diffusers_concept_maps.shapes.captions import WORDS, full_captions
 from diffusers_concept_maps.shapes.scenes import BACKGROUNDS, COLORS, HELD_OUT, MOTIONS, SHAPES, Scenes
 
-METHOD, LAYER, HEAD = "cross_attention", 2, 3
+METHOD, LAYER, HEAD = "cross_attention", 4, 1
 """What `choose_head` finds on clips of the development seed."""
 
 
