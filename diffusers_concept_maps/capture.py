@@ -5,20 +5,24 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from diffusers_concept_maps.backbones import Site, find_backbone, find_transformer
+from diffusers_concept_maps.backbones import Backbone, Site, find_backbone, find_transformer
 from diffusers_concept_maps.errors import ConceptMapsError
 from diffusers_concept_maps.heads import HeadSelection
 from diffusers_concept_maps.maps import ConceptMaps
-from diffusers_concept_maps.plan import CapturePlan, make_plan
+from diffusers_concept_maps.parity import Parity
+from diffusers_concept_maps.plan import CapturePlan, Request, make_plan
 from diffusers_concept_maps.processors import ConceptAttnProcessor, ConceptProcessor, concept_processor
 from diffusers_concept_maps.recorder import Recorder
+from diffusers_concept_maps.results import Results
 
 
 class CaptureHandle:
@@ -28,9 +32,14 @@ class CaptureHandle:
         maps: the maps per guidance branch, filled while the transformer runs.
     """
 
-    def __init__(self, recorder: Recorder, transformer: Any, sites: list[Site], maps: dict[str, ConceptMaps]) -> None:
+    def __init__(self, plan: CapturePlan, recorder: Recorder, transformer: Any, sites: list[Site]) -> None:
         """Attach; whatever fails on the way, everything done so far is undone."""
-        self.maps = maps
+        metadata = _metadata(find_backbone(transformer), transformer, plan)
+        self.maps = {
+            branch: ConceptMaps(_BranchView(plan, recorder.results, branch), tuple(plan.methods), metadata)
+            for branch in plan.branches
+        }
+        self._prompt = plan.prompt
         self._recorder = recorder
         self._hooks: list[RemovableHandle] = []
         self._swapped: list[tuple[Any, Any, ConceptProcessor]] = []
@@ -38,10 +47,12 @@ class CaptureHandle:
         try:
             self._attach(transformer, sites)
         except BaseException:
-            self.remove()
+            self.remove(failed=True)
             raise
 
     def _attach(self, transformer: Any, sites: list[Site]) -> None:
+        if self._prompt is not None:
+            self._prompt.listen()
         for site in sites:
             installed: Any = site.attention.processor
             if isinstance(installed, ConceptProcessor):
@@ -54,27 +65,34 @@ class CaptureHandle:
                 self._swapped.append((site.attention, installed, processor))
                 site.attention.processor = processor
         self._hooks.append(transformer.register_forward_pre_hook(self._begin, with_kwargs=True))
-        self._hooks.append(transformer.register_forward_hook(self._end))
+        self._hooks.append(transformer.register_forward_hook(self._end, always_call=True))
         for layer, site in enumerate(sites):
             self._hooks.append(site.block.register_forward_pre_hook(partial(self._hold, layer), with_kwargs=True))
 
-    def remove(self) -> None:
-        """Put the very processors back that were there, and take every hook out; a second call does nothing."""
+    def remove(self, *, failed: bool = False) -> None:
+        """Put the very processors back that were there, and take every hook out; a second call does nothing.
+
+        Args:
+            failed: the run was cut short; maps of kept axes are then dropped instead of finished.
+        """
+        if self._prompt is not None:
+            self._prompt.stop()
         for hook in self._hooks:
             hook.remove()
         for attention, stock, processor in self._swapped:
             if attention.processor is processor:  # otherwise somebody has set another one since: theirs stays
                 attention.processor = stock
+            processor.recorder = None  # it may live on, where the user or `fuse_qkv_projections` has kept it
         for processor in self._adopted:
             processor.__dict__.pop("recorder", None)
-        self._hooks, self._swapped, self._adopted = [], [], []
-        self._recorder.end()
+        self._hooks, self._swapped, self._adopted, self._prompt = [], [], [], None
+        self._recorder.results.close(failed=failed)
 
     def _begin(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._recorder.begin(_by_name(transformer, args, kwargs))
 
     def _end(self, transformer: Any, args: tuple[Any, ...], output: Any) -> None:
-        self._recorder.end()
+        self._recorder.end(finished=output is not None)
 
     def _hold(self, layer: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._recorder.hold(layer, _by_name(block, args, kwargs))
@@ -89,24 +107,14 @@ def attach(pipe_or_transformer: Any, concepts: Sequence[str] | None = None, **op
     Raises:
         ConceptMapsError: as `trace`; nothing has been changed then.
     """
+    request = Request(**options)
     transformer = find_transformer(pipe_or_transformer)
     backbone = find_backbone(transformer)
     pipe = None if transformer is pipe_or_transformer else pipe_or_transformer
     sites = backbone.sites(transformer)
     _check_free(transformer, sites)
-    parameters = inspect.signature(trace).parameters.values()
-    defaults = {
-        parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY
-    }
-    plan = make_plan(pipe, transformer, backbone, concepts=concepts, **(defaults | options))
-    recorder = Recorder(plan, backbone, transformer, sites, pipe)
-    maps = {
-        branch: ConceptMaps(
-            plan.concepts, tuple(plan.methods), partial(recorder.read, branch), _metadata(transformer, plan)
-        )
-        for branch in plan.branches
-    }
-    return CaptureHandle(recorder, transformer, sites, maps)
+    plan = make_plan(pipe, transformer, backbone, concepts, request)
+    return CaptureHandle(plan, Recorder(plan, backbone, transformer, sites, pipe), transformer, sites)
 
 
 @contextmanager
@@ -122,6 +130,13 @@ def trace(
     token_policy: str = "mean",
     normalize: str | None = None,
     branch: str = "cond",
+    parity: str | Parity | None = None,
+    target: str = "concepts",
+    prompt_tokens: Mapping[str, Sequence[int]] | None = None,
+    space: str = "output",
+    reads: str = "both",
+    detail: Sequence[str] = (),
+    detail_path: str | Path | None = None,
 ) -> Iterator[Any]:
     """Record saliency maps of concepts while an unmodified pipeline generates.
 
@@ -143,8 +158,19 @@ def trace(
         token_policy: how the tokens of a concept become one embedding: "mean", "first" or "last".
         normalize: "none" the raw scores; "softmax" over the concepts; "zscore" every head's map standardized over the
             clip; None the method's default ("softmax" for "concept_attention" and "cross_attention", "none" where
-            there is one concept only; "zscore" for "gramcol" and "imap"). See `docs/methods.md`.
+            there is one concept only; "zscore" for "gramcol" and "imap"). See `docs/methods/`.
         branch: guidance branch to record: "cond", "uncond", or "both".
+        parity: equal an official implementation, quirks included: "imap" or "concept_attention"; `parity.IMAP` and
+            `parity.CONCEPT_ATTENTION`, which may be passed as well, list what each turns on.
+        target: "concepts" are tokens of their own, in the prompt or not; "prompt" are words of the prompt, found by
+            the pipeline's tokenizer, sub-words and occurrences averaged, padding left out. Without `concepts` they
+            are all its words.
+        prompt_tokens: positions of each word in the prompt for `target="prompt"`, where its text is not known.
+        space: what "concept_attention" compares: "output", "value" or "query_key".
+        reads: what concept tokens attend to: "both" concepts and video, "image", "concepts" or "none".
+        detail: axes to keep out of "layer", "step" and "head", for `ConceptMaps.detail`; every kept map is copied to
+            the host as it is made, for which the device waits.
+        detail_path: safetensors file to stream the kept axes to, where they would not fit into memory.
 
     Yields:
         `ConceptMaps`, filled while the pipeline runs and valid after the block; with `branch="both"` a dict
@@ -170,11 +196,20 @@ def trace(
         token_policy=token_policy,
         normalize=normalize,
         branch=branch,
+        parity=parity,
+        target=target,
+        prompt_tokens=prompt_tokens,
+        space=space,
+        reads=reads,
+        detail=detail,
+        detail_path=detail_path,
     )
     try:
         yield handle.maps if branch == "both" else handle.maps[branch]
-    finally:
-        handle.remove()
+    except BaseException:
+        handle.remove(failed=True)
+        raise
+    handle.remove()
 
 
 def _check_free(transformer: Any, sites: list[Site]) -> None:
@@ -203,17 +238,47 @@ def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     return dict(zip(names, args, strict=False)) | dict(kwargs)
 
 
-def _metadata(transformer: Any, plan: CapturePlan) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _BranchView:
+    """The maps of one guidance branch, as `ConceptMaps` reads them."""
+
+    plan: CapturePlan
+    results: Results
+    branch: str
+
+    @property
+    def concepts(self) -> tuple[str, ...]:
+        return self.plan.names
+
+    def read(self, method: str) -> torch.Tensor:
+        return self.results.read(self.branch, method)
+
+    def coverage(self, method: str) -> torch.Tensor:
+        return self.results.coverage(self.branch, method)
+
+    def detail(self, method: str) -> torch.Tensor:
+        return self.results.detail(self.branch, method)
+
+
+def _metadata(backbone: Backbone, transformer: Any, plan: CapturePlan) -> dict[str, Any]:
     """What made the maps, for `ConceptMaps.metadata`."""
     return {
         "transformer": type(transformer).__name__,
+        "target": "concepts" if plan.prompt is None else "prompt",
+        "parity": plan.parity.name if plan.parity else None,
+        "reads": plan.reads,
         "steps": sorted(plan.steps) if isinstance(plan.steps, frozenset) else list(plan.steps),
         "methods": {
             name: {
                 "layers": sorted(method.layers),
                 "heads": str(method.heads) if isinstance(method.heads, HeadSelection) else method.heads,
-                "normalize": method.normalize,
+                "normalize": "softmax" if method.softmax else _STANDARDIZED[method.rules.standardize],
+                "space": method.rules.space,
             }
             for name, method in plan.methods.items()
         },
+        **backbone.geometry(transformer),
     }
+
+
+_STANDARDIZED = {"none": "none", "clip": "zscore", "text": "zscore over the text axis"}

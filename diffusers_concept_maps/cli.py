@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 DEFAULT_PROMPT = "a red circle moving right and a blue square standing still on dark background"
 DEFAULT_CONCEPTS = ("red", "blue", "background")
+DEFAULT_SEED = 2
 _SHOWN_WIDTH = 320  # pixels; videos smaller than that are enlarged so that a person can see them
 
 
@@ -53,10 +54,10 @@ def _register_generate(commands: Any) -> None:
     parser.add_argument("--model", metavar="PATH_OR_HUB_ID", help="a diffusers pipeline; default: the embedded model")
     parser.add_argument("--methods", nargs="+", default=["concept_attention"], metavar="METHOD")
     parser.add_argument(
-        "--steps", type=_positive, help="denoising steps; default: the pipeline's, 25 for the embedded model"
+        "--steps", type=_positive, help="denoising steps; default: the pipeline's, 20 for the embedded model"
     )
-    parser.add_argument("--seed", type=_seed, default=0)
-    parser.add_argument("--guidance-scale", type=float, help="default: the pipeline's, 4 for the embedded model")
+    parser.add_argument("--seed", type=_seed, default=DEFAULT_SEED, help="default: %(default)s")
+    parser.add_argument("--guidance-scale", type=float, help="default: the pipeline's, 1.5 for the embedded model")
     parser.add_argument("--fps", type=_positive, default=8, help="of the videos written; default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("concept_maps"), metavar="DIR", help="default: %(default)s")
     parser.set_defaults(run=_generate)
@@ -128,10 +129,10 @@ def _load(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     given = {"num_inference_steps": options.steps, "guidance_scale": options.guidance_scale}
     call = {name: value for name, value in given.items() if value is not None}
     if options.model is None:
-        from diffusers_concept_maps.shapes.model import load_shapes_pipeline
+        from diffusers_concept_maps.shapes.model import GUIDANCE_SCALE, STEPS, load_shapes_pipeline
 
         pipe = load_shapes_pipeline()
-        return pipe, {"num_inference_steps": 25, "guidance_scale": 4.0} | _text_length(pipe) | call
+        return pipe, {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE_SCALE} | _text_length(pipe) | call
     on_gpu = torch.cuda.is_available()
     try:
         pipe = DiffusionPipeline.from_pretrained(options.model, dtype=torch.bfloat16 if on_gpu else torch.float32)
@@ -151,6 +152,7 @@ def _text_length(pipe: Any) -> dict[str, int]:
 
 def _write(folder: Path, frames: Any, maps: ConceptMaps, prompt: str, fps: int) -> dict[str, str]:
     """Write every file; the names of the overlays by concept."""
+    from diffusers_concept_maps.maps import spread_frames
     from diffusers_concept_maps.visualize.figure import contact_sheet
     from diffusers_concept_maps.visualize.overlay import as_pictures, enlarge
     from diffusers_concept_maps.visualize.video import write_image
@@ -162,7 +164,8 @@ def _write(folder: Path, frames: Any, maps: ConceptMaps, prompt: str, fps: int) 
         stem = folder / f"overlay_{index}_{slug(concept)}"
         overlays[concept] = _write_pictures(stem, maps[concept].overlay(pictures), fps).name
     title = f"{textwrap.shorten(prompt, 240, placeholder=' ...')}  [{maps.methods[0]}]"
-    write_image(folder / "contact_sheet.png", contact_sheet(frames, maps.get()[0], maps.concepts, title=title))
+    per_frame = spread_frames(maps.get()[0], len(pictures), **maps.geometry)
+    write_image(folder / "contact_sheet.png", contact_sheet(frames, per_frame, maps.concepts, title=title))
     maps.save(folder / "maps.safetensors")
     return overlays
 

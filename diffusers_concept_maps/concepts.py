@@ -44,7 +44,9 @@ def check_token_policy(token_policy: str) -> None:
         )
 
 
-def encode_concepts(backbone: Backbone, pipe: Any, concepts: Sequence[str], token_policy: str) -> torch.Tensor:
+def encode_concepts(
+    backbone: Backbone, pipe: Any, concepts: Sequence[str], token_policy: str, length: int | None = None
+) -> torch.Tensor:
     """Embed every concept on its own.
 
     Args:
@@ -52,6 +54,7 @@ def encode_concepts(backbone: Backbone, pipe: Any, concepts: Sequence[str], toke
         pipe: whose text encoder to use.
         concepts: words or phrases.
         token_policy: one of `TOKEN_POLICIES`; end marks and padding are never part of it.
+        length: tokens to pad to; None is what suits the model.
 
     Returns:
         `[concept, width]` in text-encoder space.
@@ -59,7 +62,7 @@ def encode_concepts(backbone: Backbone, pipe: Any, concepts: Sequence[str], toke
     Raises:
         ConceptMapsError: the pipeline has no text encoder, or a concept does not fit or has no known word.
     """
-    states, counts = backbone.encode(pipe, list(concepts))
+    states, counts = backbone.encode(pipe, list(concepts), length)
     pooled = []
     for state, count in zip(states, counts, strict=True):
         words = state[:count]
@@ -78,6 +81,8 @@ def check_embeds(embeds: torch.Tensor, concepts: Sequence[str] | None, width: in
     Raises:
         ConceptMapsValueError: wrong shape or dtype, or another number of names.
     """
+    if not isinstance(embeds, torch.Tensor):
+        raise ConceptMapsValueError(f"concept_embeds is {type(embeds).__name__}; expected a tensor [concept, {width}]")
     if embeds.ndim not in (2, 3) or embeds.shape[-1] != width or not embeds.is_floating_point() or 0 in embeds.shape:
         raise ConceptMapsValueError(
             f"concept_embeds has shape {tuple(embeds.shape)} and dtype {embeds.dtype}; expected a floating tensor "

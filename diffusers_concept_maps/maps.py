@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +19,24 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _FORMAT = "diffusers_concept_maps/1"
+_GEOMETRY = ("frames_per_latent", "latents_per_token")
+
+
+class MapSource(Protocol):
+    """Where `ConceptMaps` reads from: a capture, or a file."""
+
+    @property
+    def concepts(self) -> tuple[str, ...]:
+        """Names in map order."""
+
+    def read(self, method: str) -> torch.Tensor:
+        """Map `[batch, concept, frame, height, width]`."""
+
+    def coverage(self, method: str) -> torch.Tensor:
+        """Bool `[step, layer]`."""
+
+    def detail(self, method: str) -> torch.Tensor:
+        """Map with the kept axes first."""
 
 
 class ConceptMaps:
@@ -37,18 +55,24 @@ class ConceptMaps:
         >>> maps["running"].overlay(frames)
     """
 
-    def __init__(
-        self,
-        concepts: Sequence[str],
-        methods: Sequence[str],
-        read: Callable[[str], torch.Tensor],
-        metadata: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Assign only; `read(method)` gives the finished map `[batch, concept, frame, height, width]`."""
-        self.concepts = tuple(concepts)
+    def __init__(self, source: MapSource, methods: Sequence[str], metadata: Mapping[str, Any]) -> None:
+        """Assign only."""
         self.methods = tuple(methods)
-        self.metadata = dict(metadata or {})
-        self._read = read
+        self.metadata = dict(metadata)
+        self._source = source
+
+    @property
+    def concepts(self) -> tuple[str, ...]:
+        """The concepts in map order; words of a prompt are known once it has been encoded."""
+        return self._source.concepts
+
+    @property
+    def coverage(self) -> dict[str, torch.Tensor]:
+        """Which denoising steps and layers each method's maps are made of: bool tensors `[step, layer]`.
+
+        Steps that a cache skipped, or that were not asked for, are False.
+        """
+        return {method: self._source.coverage(method) for method in self.methods}
 
     def get(self, method: str | None = None) -> torch.Tensor:
         """Maps of one method.
@@ -64,13 +88,53 @@ class ConceptMaps:
             ConceptMapsValueError: the method was not captured.
             ConceptMapsError: nothing has been recorded yet.
         """
+        return self._source.read(self._check(method))
+
+    def detail(self, method: str | None = None) -> torch.Tensor:
+        """Maps with the axes that the capture was asked to keep.
+
+        Args:
+            method: one of `methods`; None is the first.
+
+        Returns:
+            float32 CPU tensor `[layer, step, head, batch, concept, frame, height, width]` without the axes that were
+            not kept; layers and steps are those recorded, in order. What a cache skipped is NaN. The second softmax of
+            `parity="imap"` is not in them.
+
+        Raises:
+            ConceptMapsValueError: the method was not captured.
+            ConceptMapsError: no axes were kept, or the capture has not ended.
+        """
+        return self._source.detail(self._check(method))
+
+    def segment(self, method: str | None = None) -> torch.Tensor:
+        """The concept of highest score at every token.
+
+        Args:
+            method: one of `methods`; None is the first.
+
+        Returns:
+            int64 tensor `[batch, frame, height, width]` of indices into `concepts`; the lowest index on ties.
+
+        Raises:
+            ConceptMapsValueError: there is a single concept, or the method was not captured.
+        """
+        maps = self.get(method)
+        if maps.shape[1] < 2:
+            raise ConceptMapsValueError(
+                f"segmentation chooses between concepts and there is only {self.concepts[0]!r}; add another, such as "
+                f"'background'"
+            )
+        return maps.argmax(1)
+
+    def _check(self, method: str | None) -> str:
         name = self.methods[0] if method is None else method
         if name not in self.methods:
             raise ConceptMapsValueError(
                 f"method {name!r} was not captured; captured were {', '.join(self.methods)}. "
                 f"Name it in `methods=` of the capture."
             )
-        return self._read(name)
+        return name
 
     def __getitem__(self, concept: str) -> ConceptMap:
         """One concept of the default (first) method."""
@@ -90,7 +154,7 @@ class ConceptMaps:
             raise ConceptMapsValueError(
                 f"concept {concept!r} was not captured; captured were {', '.join(map(repr, self.concepts))}."
             )
-        return ConceptMap(concept, self.get(method)[:, self.concepts.index(concept)])
+        return ConceptMap(concept, self.get(method)[:, self.concepts.index(concept)], **self.geometry)
 
     def upsample(self, size: tuple[int, int], frames: int, method: str | None = None) -> torch.Tensor:
         """Maps in pixels.
@@ -102,9 +166,14 @@ class ConceptMaps:
 
         Returns:
             float32 CPU tensor `[batch, concept, frames, height, width]`: bilinear in space; in time every video frame
-            takes the latent frame that covers it (see `upsample_map`).
+            takes the token frame that covers it (see `spread_frames`).
         """
-        return upsample_map(self.get(method), size, frames)
+        return upsample_map(self.get(method), size, frames, **self.geometry)
+
+    @property
+    def geometry(self) -> dict[str, Any]:
+        """What is known of how token frames relate to video frames; see `spread_frames`."""
+        return {name: self.metadata[name] for name in _GEOMETRY if name in self.metadata}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all maps to a safetensors file with one JSON metadata entry; the file appears whole or not at all.
@@ -117,6 +186,7 @@ class ConceptMaps:
         """
         target = Path(path)
         tensors = {method: self.get(method).contiguous() for method in self.methods}
+        tensors |= {f"coverage.{method}": table for method, table in self.coverage.items()}
         header = {"concepts": self.concepts, "methods": self.methods, "metadata": self.metadata, "format": _FORMAT}
         partial = target.with_name(f".{target.name}.partial")
         try:
@@ -136,10 +206,14 @@ class ConceptMap:
     Attributes:
         concept: its text.
         tensor: float32 CPU tensor `[batch, frame, height, width]` on the token grid.
+        frames_per_latent: as for `spread_frames`.
+        latents_per_token: as for `spread_frames`.
     """
 
     concept: str
     tensor: torch.Tensor
+    frames_per_latent: int | None = None
+    latents_per_token: int = 1
 
     def overlay(self, frames: Any, *, index: int = 0, opacity: float = 0.6) -> list[Image.Image]:
         """Frames with the map laid over them, in one scale for the whole clip.
@@ -153,9 +227,16 @@ class ConceptMap:
         Returns:
             One PIL image per frame.
         """
-        from diffusers_concept_maps.visualize.overlay import overlay
+        from diffusers_concept_maps.visualize.overlay import as_pictures, overlay
 
-        return overlay(frames, self.tensor[index], opacity=opacity)
+        pictures = as_pictures(frames)
+        one_per_frame = spread_frames(
+            self.tensor[index],
+            len(pictures),
+            frames_per_latent=self.frames_per_latent,
+            latents_per_token=self.latents_per_token,
+        )
+        return overlay(pictures, one_per_frame, opacity=opacity)
 
     def to_video(
         self, path: str | os.PathLike[str], frames: Any, *, index: int = 0, opacity: float = 0.6, fps: int = 8
@@ -174,17 +255,22 @@ class ConceptMap:
         write_video(path, self.overlay(frames, index=index, opacity=opacity), fps=fps)
 
 
-def upsample_map(maps: torch.Tensor, size: tuple[int, int], frames: int) -> torch.Tensor:
-    """Bring maps from the token grid to pixels: bilinear in space, the covering latent frame in time.
-
-    A causal video VAE encodes the first frame alone and every later latent frame covers `r` video frames: if
-    `frames - 1` is a multiple `r` of `latent_frames - 1`, video frame `j` takes latent frame `ceil(j / r)`.
-    Otherwise the video frames are spread evenly over the latent ones.
+def upsample_map(
+    maps: torch.Tensor,
+    size: tuple[int, int],
+    frames: int,
+    *,
+    frames_per_latent: int | None = None,
+    latents_per_token: int = 1,
+) -> torch.Tensor:
+    """Bring maps from the token grid to pixels: bilinear in space, the covering token frame in time.
 
     Args:
-        maps: `[..., latent_frames, height, width]`.
+        maps: `[..., token_frames, height, width]`.
         size: `(height, width)` in pixels.
         frames: number of video frames.
+        frames_per_latent: as for `spread_frames`.
+        latents_per_token: as for `spread_frames`.
 
     Returns:
         Tensor `[..., frames, *size]` of the same dtype.
@@ -194,16 +280,55 @@ def upsample_map(maps: torch.Tensor, size: tuple[int, int], frames: int) -> torc
     """
     if min(*size, frames) < 1:
         raise ConceptMapsValueError(f"size {size} with {frames} frames; expected at least one pixel and one frame")
-    latent = maps.shape[-3]
-    index = torch.arange(frames)
-    if latent > 1 and frames > 1 and (frames - 1) % (latent - 1) == 0:
-        ratio = (frames - 1) // (latent - 1)
-        index = (index + ratio - 1) // ratio
-    else:
-        index = index * latent // frames
     flat = maps.reshape(-1, 1, *maps.shape[-2:])
     scaled = torch.nn.functional.interpolate(flat, size=size, mode="bilinear", align_corners=False)
-    return scaled.view(*maps.shape[:-2], *size)[..., index.to(maps.device), :, :]
+    scaled = scaled.view(*maps.shape[:-2], *size)
+    return spread_frames(scaled, frames, frames_per_latent=frames_per_latent, latents_per_token=latents_per_token)
+
+
+def spread_frames(
+    maps: torch.Tensor, frames: int, *, frames_per_latent: int | None = None, latents_per_token: int = 1
+) -> torch.Tensor:
+    """Give every video frame the map of the token frame that covers it.
+
+    A causal video VAE decodes the first latent frame to one video frame and every later one to `frames_per_latent`;
+    CogVideoX's decodes an even number of latent frames to `frames_per_latent` each, the first as well. A token frame
+    holds `latents_per_token` latent frames; where their number does not divide, padding in front fills the first one.
+    Where these numbers are not known, or do not fit, they are inferred: if `frames - 1` is a multiple `r` of
+    `token_frames - 1`, video frame `j` takes token frame `ceil(j / r)`, otherwise video frames are spread evenly over
+    the token frames.
+
+    Args:
+        maps: `[..., token_frames, height, width]`.
+        frames: number of video frames.
+        frames_per_latent: video frames per latent frame after the first; None if unknown.
+        latents_per_token: latent frames per token frame.
+
+    Returns:
+        Tensor `[..., frames, height, width]` of the same dtype.
+
+    Raises:
+        ConceptMapsValueError: there are no frames.
+    """
+    if frames < 1:
+        raise ConceptMapsValueError(f"{frames} video frames; expected at least one")
+    index = _covering(maps.shape[-3], frames, frames_per_latent, latents_per_token)
+    return maps[..., index.to(maps.device), :, :]
+
+
+def _covering(tokens: int, frames: int, frames_per_latent: int | None, latents_per_token: int) -> torch.Tensor:
+    """The token frame of every video frame."""
+    index = torch.arange(frames)
+    if frames_per_latent is not None:
+        for first in (1, frames_per_latent):  # video frames of the first latent frame
+            latent = (index + frames_per_latent - first) // frames_per_latent
+            padding = tokens * latents_per_token - int(latent[-1]) - 1
+            if 0 <= padding < latents_per_token:
+                return (latent + padding) // latents_per_token
+    if tokens > 1 and frames > 1 and (frames - 1) % (tokens - 1) == 0:
+        ratio = (frames - 1) // (tokens - 1)
+        return (index + ratio - 1) // ratio
+    return index * tokens // frames
 
 
 def load(path: str | os.PathLike[str]) -> ConceptMaps:
@@ -225,9 +350,40 @@ def load(path: str | os.PathLike[str]) -> ConceptMaps:
         raise ConceptMapsError(
             f"{os.fspath(path)!r} is a safetensors file without concept maps; expected one written by ConceptMaps.save"
         )
-    header = json.loads(entry)
-    if header.get("format") != _FORMAT:
+    try:
+        header = json.loads(entry)
+        if header["format"] != _FORMAT:
+            raise ConceptMapsError(
+                f"{os.fspath(path)!r} has format {header['format']!r}; this version reads {_FORMAT!r}"
+            )
+        return ConceptMaps(StoredMaps(tuple(header["concepts"]), tensors), header["methods"], header["metadata"])
+    except (ValueError, KeyError, TypeError) as error:
         raise ConceptMapsError(
-            f"{os.fspath(path)!r} has format {header.get('format')!r}; this version reads {_FORMAT!r}"
-        )
-    return ConceptMaps(header["concepts"], header["methods"], tensors.__getitem__, header["metadata"])
+            f"cannot read {os.fspath(path)!r} as concept maps: damaged metadata ({error!r})"
+        ) from error
+
+
+@dataclass(frozen=True)
+class StoredMaps:
+    """Finished maps, such as those out of a file: a `MapSource` for `ConceptMaps`.
+
+    Attributes:
+        concepts: names in map order.
+        tensors: per method a map `[batch, concept, frame, height, width]`, and under "coverage.<method>" a bool table
+            `[step, layer]`.
+    """
+
+    concepts: tuple[str, ...]
+    tensors: dict[str, torch.Tensor]
+
+    def read(self, method: str) -> torch.Tensor:
+        """See `MapSource`."""
+        return self.tensors[method]
+
+    def coverage(self, method: str) -> torch.Tensor:
+        """See `MapSource`."""
+        return self.tensors[f"coverage.{method}"]
+
+    def detail(self, method: str) -> torch.Tensor:
+        """Refused: kept axes have a file of their own."""
+        raise ConceptMapsError("maps of kept axes are in the file of detail_path; read that one with safetensors")

@@ -50,7 +50,7 @@ class ConceptMapsMixin:
         """Give the class a `__call__` with a full signature, as tools that inspect pipelines expect."""
         super().__init_subclass__(**kwargs)
         stock = _stock_class(cls)
-        if stock is None or "__call__" in cls.__dict__:
+        if stock is None or ConceptMapsMixin not in cls.__bases__ or "__call__" in cls.__dict__:
             return
 
         def __call__(self: Any, *args: Any, **options: Any) -> Any:
@@ -66,8 +66,15 @@ class ConceptMapsMixin:
         )
         cls.__call__ = __call__  # type: ignore[method-assign]
 
+    def __reduce__(self) -> Any:
+        """A class that was made by `with_concept_maps` is pickled by its stock class."""
+        stock: Any = _stock_class(type(self))
+        if type(self) is _mixed(stock):
+            return _rebuild, (stock, self.__dict__)
+        return super().__reduce__()
+
     def set_attn_processor(self, processor: Any) -> None:
-        """Set attention processors in every denoiser of the pipeline.
+        """Set attention processors in the transformer and, where the pipeline has one, in `transformer_2`.
 
         Args:
             processor: one processor, or a dict as `concept_attn_processors` makes it; the dict is left as it is.
@@ -105,6 +112,12 @@ def with_concept_maps(pipe: DiffusionPipeline) -> Any:
     return mixed
 
 
+def _rebuild(stock: Any, state: dict[str, Any]) -> Any:
+    pipe = _mixed(stock).__new__(_mixed(stock))
+    pipe.__dict__.update(state)
+    return pipe
+
+
 @cache
 def _mixed(stock: Any) -> Any:
     """The mixed class; it has the stock name, which `save_pretrained` writes and host code looks at."""
@@ -123,7 +136,8 @@ def _call(pipe: Any, stock: Any, args: tuple[Any, ...], options: dict[str, Any])
     """Run the stock call, under a capture if concepts are given."""
     names = {parameter.name for parameter in _OPTIONS}
     capture = {name: options.pop(name) for name in list(options) if name in names}
-    if capture.get("concepts") is None and capture.get("concept_embeds") is None:
+    named = any(capture.get(name) is not None for name in ("concepts", "concept_embeds"))
+    if not named and capture.get("target") != "prompt":
         if capture.keys() - {"concepts", "concept_embeds"}:
             raise ConceptMapsError(f"{', '.join(sorted(capture))} given without concepts; pass concepts=[...] as well")
         return stock.__call__(pipe, *args, **options)
@@ -147,5 +161,5 @@ def _output_class(stock: Any) -> type:
 
 
 def _denoisers(pipe: Any) -> list[Any]:
-    """The pipeline's components that take attention processors and are no VAE or text encoder."""
+    """The transformers of the pipeline."""
     return [getattr(pipe, name) for name in ("transformer", "transformer_2") if getattr(pipe, name, None) is not None]

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
-from diffusers_concept_maps.backbones import Backbone
+from diffusers_concept_maps.backbones import Backbone, Preset
 from diffusers_concept_maps.concepts import check_concepts, check_embeds, check_token_policy, encode_concepts
+from diffusers_concept_maps.detail import check_axes
 from diffusers_concept_maps.errors import ConceptMapsValueError
 from diffusers_concept_maps.heads import HeadSelection
-from diffusers_concept_maps.methods import Method, find_method
+from diffusers_concept_maps.methods import SPACES, Method, Rules, find_method
+from diffusers_concept_maps.parity import CONCEPT_LENGTH, TOKEN_POLICY, Parity, find_parity
+from diffusers_concept_maps.prompt import PromptTokens
+from diffusers_concept_maps.stream import READS
 
 NORMALIZATIONS = ("none", "softmax", "zscore")
 """How the score of a layer and step is normalized before the mean over layers and steps.
@@ -21,16 +27,39 @@ NORMALIZATIONS = ("none", "softmax", "zscore")
 concept to mean 0 and deviation 1 over the whole clip, before heads are joined.
 """
 BRANCHES = ("cond", "uncond", "both")
+TARGETS = ("concepts", "prompt")
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of `trace`, with the same defaults; see there."""
+
+    methods: Sequence[str] = ("concept_attention",)
+    layers: Iterable[int] | None = None
+    steps: Iterable[int] | None = None
+    heads: HeadSelection | Iterable[int] | None = None
+    concept_embeds: torch.Tensor | None = None
+    token_policy: str = "mean"
+    normalize: str | None = None
+    branch: str = "cond"
+    parity: str | Parity | None = None
+    target: str = "concepts"
+    prompt_tokens: Mapping[str, Sequence[int]] | None = None
+    space: str = "output"
+    reads: str = "both"
+    detail: Sequence[str] = ()
+    detail_path: str | Path | None = None
 
 
 @dataclass(frozen=True)
 class MethodPlan:
-    """One method with its layers (0-based), its heads (None: all) and its normalization."""
+    """One method with its layers (0-based), its heads (None: all), its rules, and whether a softmax follows."""
 
     method: Method
     layers: frozenset[int]
     heads: HeadSelection | tuple[int, ...] | None
-    normalize: str
+    rules: Rules
+    softmax: bool
 
 
 @dataclass(frozen=True)
@@ -38,18 +67,37 @@ class CapturePlan:
     """Everything that a capture does, resolved.
 
     Attributes:
-        concepts: names, in map order.
-        embeds: `[concept, width]` or `[batch, concept, width]` in text-encoder space.
+        concepts: names, in map order; None where they are the words of a prompt that is not known yet.
+        embeds: `[concept, width]` or `[batch, concept, width]` in text-encoder space; None for `target="prompt"`.
+        prompt: where the words of the prompt are; None for `target="concepts"`.
         methods: by name, in the order asked for.
         steps: 0-based step indices, or a fraction `(start, stop)` of the schedule.
         branches: guidance branches to record.
+        parity: the official implementation to equal, None for none.
+        reads: what concept tokens attend to.
+        detail: axes to keep.
+        detail_path: file for the kept axes, None for memory.
+        depth: number of layers of the model.
+        head_count: number of heads in each.
     """
 
-    concepts: tuple[str, ...]
-    embeds: torch.Tensor
+    concepts: tuple[str, ...] | None
+    embeds: torch.Tensor | None
+    prompt: PromptTokens | None
     methods: dict[str, MethodPlan]
     steps: frozenset[int] | tuple[float, float]
     branches: tuple[str, ...]
+    parity: Parity | None
+    reads: str
+    detail: tuple[str, ...]
+    detail_path: Path | None
+    depth: int
+    head_count: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the concepts; empty until the prompt is known where they are its words."""
+        return self.prompt.names if self.prompt is not None else self.concepts or ()
 
     @property
     def deepest(self) -> int:
@@ -79,60 +127,124 @@ class CapturePlan:
         return first <= step < max(round(stop * steps), first + 1)
 
 
+class _Model(NamedTuple):
+    """What the plan needs to know of the model: number of layers, of heads in each, and the checkpoint's preset."""
+
+    depth: int
+    head_count: int
+    preset: Preset
+
+
 def make_plan(
+    pipe: Any | None, transformer: Any, backbone: Backbone, concepts: Sequence[str] | None, request: Request
+) -> CapturePlan:
+    """Resolve the arguments of `trace`; see there for their meaning and for what is raised."""
+    parity = find_parity(request.parity)
+    request = replace(request, layers=_once(request.layers), steps=_once(request.steps), heads=_once(request.heads))
+    method_names = _check_methods(request.methods)
+    _check_choices(request, method_names)
+    names, prompt = _targets(pipe, transformer, backbone, concepts, request, parity)
+    preset = backbone.preset(transformer) or Preset(name="", source="everything", config={})
+    model = _Model(len(backbone.sites(transformer)), backbone.heads(transformer), preset)
+    count = None if names is None else len(names)
+    methods = {name: _method_plan(name, request, count, parity, model) for name in method_names}
+    steps = preset.steps if request.steps is None else _indices("step", request.steps, None)
+    detail = check_axes(request.detail)
+    embeds = request.concept_embeds
+    if embeds is None and prompt is None:
+        assert names is not None  # only a prompt names its words later
+        policy, length = (TOKEN_POLICY, CONCEPT_LENGTH) if parity else (request.token_policy, None)
+        embeds = encode_concepts(backbone, pipe, names, policy, length)
+    return CapturePlan(
+        concepts=names,
+        embeds=None if embeds is None else embeds.detach(),
+        prompt=prompt,
+        methods=methods,
+        steps=steps,
+        branches=("cond", "uncond") if request.branch == "both" else (request.branch,),
+        parity=parity,
+        reads=request.reads,
+        detail=detail,
+        detail_path=None if request.detail_path is None else Path(request.detail_path),
+        depth=model.depth,
+        head_count=model.head_count,
+    )
+
+
+def _once(indices: Any) -> Any:
+    """An iterator can be read once, and every method reads it."""
+    return tuple(indices) if isinstance(indices, Iterable) else indices
+
+
+def _check_choices(request: Request, method_names: Sequence[str]) -> None:
+    """Raise unless every option that has a fixed set of values has one of them."""
+    check_token_policy(request.token_policy)
+    for name, allowed in {"branch": BRANCHES, "target": TARGETS, "space": SPACES, "reads": READS}.items():
+        if getattr(request, name) not in allowed:
+            raise ConceptMapsValueError(
+                f"unknown {name} {getattr(request, name)!r}; expected one of {', '.join(allowed)}"
+            )
+    if request.space != "output" and "concept_attention" not in method_names:
+        raise ConceptMapsValueError(
+            f"space is {request.space!r}, but only the method 'concept_attention' has spaces; name it in methods"
+        )
+    if request.detail_path is not None and not request.detail:
+        raise ConceptMapsValueError("detail_path is given without detail; name the axes to keep, such as ('layer',)")
+
+
+def _targets(
     pipe: Any | None,
     transformer: Any,
     backbone: Backbone,
-    *,
     concepts: Sequence[str] | None,
-    methods: Sequence[str],
-    layers: Iterable[int] | None,
-    steps: Iterable[int] | None,
-    heads: HeadSelection | Iterable[int] | None,
-    concept_embeds: torch.Tensor | None,
-    token_policy: str,
-    normalize: str | None,
-    branch: str,
-) -> CapturePlan:
-    """Resolve the arguments of `trace`; see there for their meaning and for what is raised."""
-    check_token_policy(token_policy)
-    if branch not in BRANCHES:
-        raise ConceptMapsValueError(f"unknown branch {branch!r}; expected one of {', '.join(BRANCHES)}")
-    if concept_embeds is not None:
-        names = check_embeds(concept_embeds, concepts, backbone.text_width(transformer))
-    else:
-        names = check_concepts(concepts)
-        if pipe is None:
-            raise ConceptMapsValueError(
-                "a bare transformer has no text encoder; pass concept_embeds, or trace the pipeline"
-            )
-    preset = backbone.preset(transformer)
-    chosen_layers = None if layers is None else _indices("layer", layers, len(backbone.sites(transformer)))
-    chosen_heads = heads if isinstance(heads, HeadSelection) or heads is None else tuple(heads)
-    if isinstance(chosen_heads, tuple):
-        _indices("head", chosen_heads, backbone.heads(transformer))
-    elif chosen_heads and chosen_heads.threshold is None and chosen_heads.top_k > backbone.heads(transformer):
+    request: Request,
+    parity: Parity | None,
+) -> tuple[tuple[str, ...] | None, PromptTokens | None]:
+    """Names of the targets, and where they are in the prompt if they are its words."""
+    if request.target == "prompt":
+        return _prompt_targets(pipe, concepts, request, parity)
+    if request.prompt_tokens is not None:
+        raise ConceptMapsValueError("prompt_tokens are positions in the prompt; pass target='prompt' with them")
+    if request.concept_embeds is not None:
+        return check_embeds(request.concept_embeds, concepts, backbone.text_width(transformer)), None
+    names = check_concepts(concepts)
+    if pipe is None:
         raise ConceptMapsValueError(
-            f"top_k is {chosen_heads.top_k}; the model has {backbone.heads(transformer)} heads in a layer"
+            "a bare transformer has no text encoder; pass concept_embeds, or trace the pipeline"
         )
-    plans = {
-        name: _method_plan(name, chosen_layers, chosen_heads, normalize, len(names), transformer, backbone)
-        for name in _check_methods(methods)
-    }
-    if concept_embeds is None:
-        concept_embeds = encode_concepts(backbone, pipe, names, token_policy)
-    return CapturePlan(
-        concepts=names,
-        embeds=concept_embeds.detach(),
-        methods=plans,
-        steps=_indices("step", steps, None) if steps is not None else preset.steps if preset else (0.0, 1.0),
-        branches=("cond", "uncond") if branch == "both" else (branch,),
-    )
+    return names, None
+
+
+def _prompt_targets(
+    pipe: Any | None, concepts: Sequence[str] | None, request: Request, parity: Parity | None
+) -> tuple[tuple[str, ...] | None, PromptTokens]:
+    if request.concept_embeds is not None:
+        raise ConceptMapsValueError("target='prompt' reads the prompt's own tokens; leave concept_embeds out")
+    if request.reads != "both":
+        raise ConceptMapsValueError(
+            f"reads is {request.reads!r}, but words of the prompt attend as the model has them"
+        )
+    if request.branch != "cond":
+        raise ConceptMapsValueError(
+            f"branch is {request.branch!r}, but only the conditional branch has the words of the prompt; use 'cond'"
+        )
+    if pipe is None and request.prompt_tokens is None:
+        raise ConceptMapsValueError("a bare transformer has no tokenizer; pass prompt_tokens={word: positions}")
+    positions = request.prompt_tokens
+    if positions is not None:
+        for word, tokens in positions.items():
+            _indices(f"token of {word!r}", tokens, None)
+        concepts = list(positions) if concepts is None else concepts
+    names = None if concepts is None else check_concepts(concepts)
+    if positions is not None and names is not None and set(names) - set(positions):
+        raise ConceptMapsValueError(f"prompt_tokens has no positions of {sorted(set(names) - set(positions))}")
+    return names, PromptTokens(pipe, names, positions, official=parity is not None)
 
 
 def _check_methods(methods: Sequence[str]) -> Sequence[str]:
     if isinstance(methods, str):
         raise ConceptMapsValueError(f"methods is the string {methods!r}; expected a list such as [{methods!r}]")
+    methods = tuple(methods)
     if not methods:
         raise ConceptMapsValueError("no methods; pass at least one, such as methods=['concept_attention']")
     for name in methods:
@@ -144,39 +256,72 @@ def _check_methods(methods: Sequence[str]) -> Sequence[str]:
 
 def _indices(what: str, indices: Iterable[int], count: int | None) -> frozenset[int]:
     """Checked 0-based indices; `count` is None where only the run will tell."""
-    chosen = frozenset(indices)
-    if not chosen:
+    if not isinstance(indices, Iterable):
+        raise ConceptMapsValueError(f"{what}s is {indices!r}; expected a list such as [{indices!r}]")
+    given = list(indices)
+    if not given:
         raise ConceptMapsValueError(f"no {what}s; pass at least one {what} index, or None for the default")
-    for index in chosen:
-        if not isinstance(index, int) or index < 0 or (count is not None and index >= count):
-            limit = "0 or more" if count is None else f"0 to {count - 1}"
+    limit = "0 or more" if count is None else f"0 to {count - 1}"
+    for index in given:
+        if isinstance(index, bool) or not hasattr(index, "__index__"):
+            raise ConceptMapsValueError(f"{what} {index!r} is no index; expected an integer of {limit}")
+        if operator.index(index) < 0 or (count is not None and operator.index(index) >= count):
             raise ConceptMapsValueError(f"{what} {index!r} is out of range; expected an integer of {limit}")
-    return chosen
+    return frozenset(operator.index(index) for index in given)
 
 
 def _method_plan(
-    name: str,
-    layers: frozenset[int] | None,
-    heads: HeadSelection | tuple[int, ...] | None,
-    normalize: str | None,
-    concepts: int,
-    transformer: Any,
-    backbone: Backbone,
+    name: str, request: Request, concepts: int | None, parity: Parity | None, model: _Model
 ) -> MethodPlan:
-    method, preset = find_method(name), backbone.preset(transformer)
-    if layers is None:
-        every = range(len(backbone.sites(transformer)))
-        layers = frozenset(preset.layers.get(name, every) if preset else every)
-    if heads is None:
-        heads = preset.heads.get(name, method.default_heads) if preset else method.default_heads
-        if isinstance(heads, HeadSelection):
-            heads = replace(heads, top_k=min(heads.top_k, backbone.heads(transformer)))
-    if normalize is None:
-        normalize = "none" if concepts == 1 and method.default_normalize == "softmax" else method.default_normalize
-    elif normalize not in NORMALIZATIONS:
+    method = find_method(name)
+    if request.layers is None:
+        layers = frozenset(model.preset.layers.get(name, range(model.depth)))
+    else:
+        layers = _indices("layer", request.layers, model.depth)
+    rules, normalize = _rules(method, request, concepts, parity)
+    return MethodPlan(method, layers, _heads(method, request, model), rules, normalize == "softmax")
+
+
+def _heads(method: Method, request: Request, model: _Model) -> HeadSelection | tuple[int, ...] | None:
+    """Indices or a selection; a default that asks for more heads than there are takes those there are."""
+    chosen = request.heads
+    if chosen is None:
+        default = model.preset.heads.get(method.name, method.default_heads)
+        if isinstance(default, HeadSelection):
+            return replace(default, top_k=min(default.top_k, model.head_count))
+        return default
+    if not isinstance(chosen, HeadSelection):
+        return tuple(sorted(_indices("head", chosen, model.head_count)))
+    if chosen.top_k > model.head_count and chosen.threshold is None:
+        raise ConceptMapsValueError(f"top_k is {chosen.top_k}; the model has {model.head_count} heads in a layer")
+    return chosen
+
+
+def _rules(method: Method, request: Request, concepts: int | None, parity: Parity | None) -> tuple[Rules, str]:
+    """Rules and normalization of a method."""
+    normalize = request.normalize
+    if normalize is not None and normalize not in NORMALIZATIONS:
         raise ConceptMapsValueError(
             f"unknown normalize {normalize!r}; expected None or one of {', '.join(NORMALIZATIONS)}"
         )
-    elif normalize == "softmax" and concepts == 1:
+    if parity is not None:
+        if method.name not in parity.rules:
+            raise ConceptMapsValueError(
+                f"parity={parity.name!r} has no method {method.name!r}; its methods are {', '.join(parity.rules)}"
+            )
+        if request.target == "prompt" and method.name not in ("gramcol", "imap"):
+            raise ConceptMapsValueError(
+                f"parity={parity.name!r} has no {method.name!r} for words of the prompt; use 'gramcol' or 'imap'"
+            )
+        fixed = {"space": "output", "reads": "both", "token_policy": "mean"}
+        if normalize == "zscore" or any(getattr(request, name) != value for name, value in fixed.items()):
+            raise ConceptMapsValueError(
+                f"parity={parity.name!r} reproduces one implementation; leave space, reads and token_policy alone, "
+                f"and use normalize='none' or 'softmax'"
+            )
+        return parity.rules[method.name], normalize or parity.default_normalize
+    if normalize == "softmax" and concepts == 1:
         raise ConceptMapsValueError("a softmax over a single concept is 1 everywhere; add a concept or use 'zscore'")
-    return MethodPlan(method, layers, heads, normalize)
+    if normalize is None:
+        normalize = "none" if concepts == 1 and method.default_normalize == "softmax" else method.default_normalize
+    return Rules(standardize="clip" if normalize == "zscore" else "none", space=request.space), normalize

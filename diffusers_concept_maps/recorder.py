@@ -1,190 +1,285 @@
-"""One capture at work: decides what is recorded, moves the concept stream, scores layers and accumulates maps."""
+"""One capture at work: decides what is recorded, moves the concept stream, scores layers and hands on the maps."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers.utils import logging
 from torch import nn
 
-from diffusers_concept_maps.accumulate import Accumulator
 from diffusers_concept_maps.backbones import Backbone, Grid, Site
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
-from diffusers_concept_maps.heads import HeadSelection
+from diffusers_concept_maps.heads import head_mask
 from diffusers_concept_maps.methods import LayerTaps
 from diffusers_concept_maps.plan import CapturePlan, MethodPlan
 from diffusers_concept_maps.progress import Place, RunTracker
-from diffusers_concept_maps.stream import ConceptStream
+from diffusers_concept_maps.prompt import TextRows
+from diffusers_concept_maps.results import Results
+from diffusers_concept_maps.stream import ConceptStream, Heads
 
 logger = logging.get_logger(__name__)
 
 
+@dataclass
+class _Pass:
+    """One forward pass that is recorded.
+
+    Attributes:
+        step: 0-based denoising step.
+        rows: rows of the batch that are recorded.
+        branches: rows of the guidance branches within those.
+        grid: token grid.
+        stream: the concept tokens; None where words of the prompt are the targets.
+        words: which text rows the words of the prompt are; None where concept tokens are the targets.
+        multiplicity: float `[text row]`, how many equal rows each stands for; None is one each.
+        arguments: what the current block was called with, by name.
+    """
+
+    step: int
+    rows: slice
+    branches: dict[str, slice]
+    grid: Grid
+    stream: ConceptStream | None = None
+    words: TextRows | None = None
+    multiplicity: torch.Tensor | None = None
+    arguments: Mapping[str, Any] | None = None
+
+
 class Recorder:
-    """What hooks and attention processors of a traced transformer talk to."""
+    """What hooks and attention processors of a traced transformer talk to.
+
+    Attributes:
+        results: the maps so far.
+    """
 
     def __init__(
         self, plan: CapturePlan, backbone: Backbone, transformer: Any, sites: list[Site], pipe: Any | None
     ) -> None:
         """Assign only."""
-        self.plan = plan
+        self.results = Results(plan)
+        self._plan = plan
         self._backbone = backbone
         self._transformer = transformer
         self._sites = sites
         self._layer = {site.attention: layer for layer, site in enumerate(sites)}
         self._tracker = RunTracker(pipe)
-        self._stream: ConceptStream | None = None
-        self._branches: dict[str, slice] = {}
-        self._arguments: Mapping[str, Any] | None = None
-        self._accumulators: dict[tuple[str, str], Accumulator] = {}
+        self._announced: tuple[Place, Grid, int] | None = None
+        self._words: TextRows | None = None
+        self._moved: dict[torch.device, torch.Tensor] = {}
+        self._warned = False
+        self._pass: _Pass | None = None
 
     def begin(self, call: Mapping[str, Any]) -> None:
         """A forward pass of the transformer starts; `call` are its arguments by name.
 
         Raises:
-            ConceptMapsValueError: a step out of range, or embeddings of another batch size.
+            ConceptMapsValueError: a step out of range.
         """
-        self.end()
-        place = self._tracker.locate(self._backbone.batch(call))
+        self._pass = self._announced = None  # a pass that was cut short leaves nothing behind
+        place = self._tracker.locate(self._backbone.batch(call), call["timestep"])
         if place is None:
             return
+        self._check_processors()
         if place.starts_run:
-            self._accumulators = {}
-        if not self.plan.includes(place.step, place.steps):
-            return
-        rows = self._choose_rows(place)
-        if rows is None:
-            return
-        grid = self._backbone.grid(self._transformer, call)
-        self._restart_if_changed(grid)
-        self._stream = ConceptStream(self._backbone, self._transformer, self._embeds(rows), grid, rows)
+            self._words = None
+            self.results.start_run(place.steps)
+        if self._plan.includes(place.step, place.steps):
+            grid, text_length = self._backbone.grid(self._transformer, call), self._backbone.text_length(call)
+            self._announced = (place, grid, text_length)
 
-    def end(self) -> None:
-        """The forward pass is over, or was cut short: let go of everything that belongs to it."""
-        self._stream = self._arguments = None
+    def end(self, *, finished: bool) -> None:
+        """The forward pass is over; `finished` is False if it raised."""
+        if self._pass is not None and finished:
+            self.results.close_step()
+        self._pass = self._announced = None
 
     def hold(self, layer: int, arguments: Mapping[str, Any]) -> None:
-        """A block is about to run; keep what its re-entry needs."""
-        if self._stream is not None and not self._stream.answering and layer <= self.plan.deepest:
-            self._arguments = arguments
+        """A block is about to run; keep what its re-entry needs.
+
+        Raises:
+            ConceptMapsError: embeddings of another batch size, or a word that is not in the prompt.
+        """
+        if self._announced is not None:
+            self._start(*self._announced, arguments)
+            self._announced = None
+        if self._pass is not None and not self.answering and layer <= self._plan.deepest:
+            self._pass.arguments = arguments
+
+    def _start(self, place: Place, grid: Grid, text_length: int, arguments: Mapping[str, Any]) -> None:
+        """Start to record, by the batch of the first block: a cache may have left the unconditional half out."""
+        chosen = self._choose_rows(place.branches(self._backbone.batch(arguments)))
+        if chosen is None:
+            return
+        rows, branches = chosen
+        current = _Pass(place.step, rows, branches, grid)
+        if self._plan.prompt is None:
+            self._start_stream(current, text_length, arguments["hidden_states"].device)
+        else:
+            if self._words is None or self._words.weights.shape[0] != rows.stop - rows.start:
+                device = arguments["hidden_states"].device
+                self._words = self._plan.prompt.rows(rows.stop - rows.start, text_length, device)
+            current.words = self._words
+        self.results.expect(grid, {name: s.stop - s.start for name, s in branches.items()})
+        self._pass = current
 
     def records(self, attention: nn.Module) -> bool:
         """Whether this attention call, main or nested, is part of the capture."""
-        return self._stream is not None and self._layer.get(attention, self.plan.deepest + 1) <= self.plan.deepest
+        return self._pass is not None and self._layer.get(attention, self._plan.deepest + 1) <= self._plan.deepest
 
     @property
     def answering(self) -> bool:
         """Whether the current attention call is the nested one of the concepts."""
-        return self._stream is not None and self._stream.answering
+        return self._pass is not None and self._pass.stream is not None and self._pass.stream.answering
 
     def answer(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Concept attention of the nested call; see `ConceptStream.answer`."""
-        assert self._stream is not None  # `answering` is True
-        return self._stream.answer(query, key, value)
+        assert self._pass is not None  # `answering` is True
+        assert self._pass.stream is not None
+        return self._pass.stream.answer(query, key, value)
 
     @torch.no_grad()
     def observe(
         self,
         attention: nn.Module,
-        image_query: torch.Tensor,
-        image_key: torch.Tensor,
-        image_value: torch.Tensor,
-        image_output: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+        *,
+        text: slice,
+        image: slice,
     ) -> None:
         """The main attention call of a layer has run: advance the concepts and add the layer to the maps.
 
         Args:
             attention: the attention module.
-            image_query: `[batch, H, N, D]` of the image tokens, after norms and rotary embedding.
-            image_key: likewise.
-            image_value: likewise.
-            image_output: attention output before the output projection, likewise.
+            query: `[batch, H, S, D]` of text and image tokens, after norms and rotary embedding.
+            key: likewise.
+            value: likewise.
+            output: attention output before the output projection, likewise.
+            text: where the text tokens are.
+            image: where the image tokens are.
         """
-        stream, arguments = self._stream, self._arguments
-        assert stream is not None  # `records` is True
+        current, layer = self._pass, self._layer[attention]
+        assert current is not None  # `records` is True
+        video = Heads(*(tensor[current.rows, :, image] for tensor in (query, key, value, output)))
+        if current.words is not None:
+            words = Heads(*(tensor[current.rows, :, text] for tensor in (query, key, value, output)))
+            targets = Heads(*(current.words.select(tensor) for tensor in words))
+        else:
+            targets = self._advance(current, self._sites[layer], video)
+        taps = LayerTaps(
+            *(video.query, video.key, video.value, video.output),
+            *(targets.query, targets.key, targets.value, targets.output),
+            frames=current.grid.frames,
+            multiplicity=current.multiplicity,
+        )
+        with torch.autocast(query.device.type, enabled=False):
+            self._score(current, layer, taps)
+
+    def _start_stream(self, current: _Pass, text_length: int, device: torch.device) -> None:
+        embeds = self._embeds(current, device)
+        if self._plan.parity is not None and self._plan.parity.padded:
+            padding = text_length - embeds.shape[1]
+            if padding < 0:
+                raise ConceptMapsValueError(
+                    f"parity={self._plan.parity.name!r} pads {embeds.shape[1]} concepts to the {text_length} tokens "
+                    f"of the prompt; name fewer concepts"
+                )
+            if padding > 0:  # all padding rows stay equal: one, with their number as weight, stands for all
+                embeds = torch.cat([embeds, embeds.new_zeros(embeds.shape[0], 1, embeds.shape[2])], dim=1)
+                current.multiplicity = torch.ones(embeds.shape[1], device=embeds.device)
+                current.multiplicity[-1] = padding
+        current.stream = ConceptStream(
+            self._backbone,
+            self._transformer,
+            embeds,
+            current.rows,
+            multiplicity=current.multiplicity,
+            reads=self._plan.reads,
+        )
+
+    @staticmethod
+    def _advance(current: _Pass, site: Site, video: Heads) -> Heads:
+        arguments, current.arguments = current.arguments, None
         if arguments is None:
             raise ConceptMapsError(
                 "an attention module ran outside of its block, so that its layer cannot be traced; call the "
                 "transformer itself"
             )
-        layer, rows = self._layer[attention], stream.rows
-        self._arguments = None
-        concept_key, concept_output = stream.advance(self._sites[layer], arguments, image_key[rows], image_value[rows])
-        taps = LayerTaps(image_query[rows], image_output[rows], concept_key, concept_output, stream.grid.frames)
-        with torch.autocast(image_query.device.type, enabled=False):
-            self._add(layer, taps, stream.grid)
+        assert current.stream is not None  # concept tokens are the targets
+        return current.stream.advance(site, arguments, video.key, video.value)
 
-    def read(self, branch: str, method: str) -> torch.Tensor:
-        """The map of one method, float32 on the CPU `[row, concept, frame, height, width]`.
-
-        Raises:
-            ConceptMapsError: nothing has been recorded.
-        """
-        accumulator = self._accumulators.get((branch, method))
-        if accumulator is None:
-            raise ConceptMapsError(
-                f"nothing has been recorded for branch {branch!r}; run the traced pipeline inside the `with` block"
-                + (", with guidance" if branch == "uncond" else "")
-            )
-        return accumulator.mean()
-
-    def _choose_rows(self, place: Place) -> slice | None:
-        """Rows of the batch to record; the wanted branches are then slices of those rows."""
-        wanted = {name: place.branches[name] for name in self.plan.branches if name in place.branches}
+    def _choose_rows(self, present: Mapping[str, slice]) -> tuple[slice, dict[str, slice]] | None:
+        """Rows of the batch to record, and the wanted branches as slices of those rows."""
+        wanted = {name: present[name] for name in self._plan.branches if name in present}
         if not wanted:
             return None
         start, stop = min(s.start for s in wanted.values()), max(s.stop for s in wanted.values())
-        self._branches = {name: slice(s.start - start, s.stop - start) for name, s in wanted.items()}
-        return slice(start, stop)
+        return slice(start, stop), {name: slice(s.start - start, s.stop - start) for name, s in wanted.items()}
 
-    def _embeds(self, rows: slice) -> torch.Tensor:
+    def _check_processors(self) -> None:
+        """Say so, once, when processors were replaced since the capture began: their layers cannot be recorded."""
+        replaced = [
+            layer
+            for layer, site in enumerate(self._sites)
+            if getattr(site.attention.processor, "recorder", None) is not self
+        ]
+        if replaced and not self._warned:
+            self._warned = True
+            logger.warning(
+                f"The attention processors of layers {replaced} were replaced during the capture, which records "
+                f"nothing of them. Fuse projections or set processors before the `with` block."
+            )
+
+    def _embeds(self, current: _Pass, device: torch.device) -> torch.Tensor:
         """Concept embeddings of every recorded row; both branches of a video get the same."""
-        count, embeds = rows.stop - rows.start, self.plan.embeds
+        if device not in self._moved:  # once, because a copy from the host makes the device wait
+            assert self._plan.embeds is not None  # concept tokens are the targets
+            self._moved[device] = self._plan.embeds.to(device)
+        embeds = self._moved[device]
+        count = current.rows.stop - current.rows.start
         if embeds.ndim == 2:
             return embeds.expand(count, -1, -1)
-        videos = count // len(self._branches)
+        videos = count // len(current.branches)
         if embeds.shape[0] != videos:
             raise ConceptMapsValueError(
                 f"concept_embeds has batch size {embeds.shape[0]}, but {videos} videos are generated; expected "
                 f"[{videos}, concept, {embeds.shape[2]}] or [concept, {embeds.shape[2]}]"
             )
-        return torch.cat([embeds] * len(self._branches))
+        return torch.cat([embeds] * len(current.branches))
 
-    def _restart_if_changed(self, grid: Grid) -> None:
-        rows = {branch: s.stop - s.start for branch, s in self._branches.items()}
-        kept = [(a, rows[branch]) for (branch, _), a in self._accumulators.items() if branch in rows]
-        if not all(accumulator.fits(grid, count) for accumulator, count in kept):
-            logger.warning(
-                "The size of the batch or of the token grid changed within a capture: its maps start anew. Use one "
-                "capture per size to keep them all."
-            )
-            self._accumulators = {}
-
-    def _add(self, layer: int, taps: LayerTaps, grid: Grid) -> None:
-        chosen: dict[object, torch.Tensor] = {}
-        for name, plan in self.plan.methods.items():
+    def _score(self, current: _Pass, layer: int, taps: LayerTaps) -> None:
+        masks: dict[object, torch.Tensor] = {}
+        for name, plan in self._plan.methods.items():
             if layer not in plan.layers:
                 continue
-            if plan.heads not in chosen:
-                chosen[plan.heads] = _head_mask(plan.heads, taps)
-            scores = _normalized(plan, taps, chosen[plan.heads])
-            for branch, rows in self._branches.items():
-                self._accumulators.setdefault((branch, name), Accumulator(grid)).add(scores[rows])
+            if plan.heads not in masks:
+                masks[plan.heads] = head_mask(plan.heads, taps.image_output, taps.frames)
+            scores = self._finish(current, plan, taps, masks[plan.heads])
+            for branch, rows in current.branches.items():
+                self.results.add(branch, name, current.step, layer, scores[rows])
+            if "head" in self._plan.detail:
+                self._score_heads(current, name, plan, layer, taps)
 
+    def _score_heads(self, current: _Pass, name: str, plan: MethodPlan, layer: int, taps: LayerTaps) -> None:
+        """The map of every head by itself, whether the method would choose it or not."""
+        for head in range(taps.image_query.shape[1]):
+            only = taps.head(head)
+            scores = self._finish(current, plan, only, torch.ones_like(only.image_query[:, :, 0, 0]).float())
+            for branch, rows in current.branches.items():
+                self.results.add_head(branch, name, current.step, layer, head, scores[rows])
 
-def _head_mask(heads: HeadSelection | tuple[int, ...] | None, taps: LayerTaps) -> torch.Tensor:
-    """Ones for the heads to use, zeros for the others `[R, H]`."""
-    if isinstance(heads, HeadSelection):
-        return heads.choose(taps.image_output, taps.frames)
-    shape, device = taps.image_output.shape[:2], taps.image_output.device
-    if heads is None:
-        return torch.ones(shape, device=device)
-    mask = torch.zeros(shape, device=device)
-    mask[:, list(heads)] = 1.0
-    return mask
-
-
-def _normalized(plan: MethodPlan, taps: LayerTaps, heads: torch.Tensor) -> torch.Tensor:
-    scores = plan.method.score(taps, heads, standardize=plan.normalize == "zscore")
-    return scores.softmax(dim=1) if plan.normalize == "softmax" else scores
+    def _finish(self, current: _Pass, plan: MethodPlan, taps: LayerTaps, heads: torch.Tensor) -> torch.Tensor:
+        """Score, softmax and read-out of the concepts `[R, C, N]`."""
+        scores = plan.method.score(taps, heads, plan.rules)
+        parity = self._plan.parity
+        if parity is not None and plan.softmax:
+            weights = 0.0 if taps.multiplicity is None else taps.multiplicity.log()[:, None]
+            scores = (scores + weights).softmax(1)
+        scores = scores[:, : len(self._plan.names)] if current.words is None else current.words.merge(scores)
+        # Only the run tells how many words a prompt has; a softmax over one of them would be 1 everywhere.
+        return scores.softmax(1) if plan.softmax and parity is None and scores.shape[1] > 1 else scores

@@ -1,46 +1,74 @@
 """Concept tokens through the blocks of one forward pass.
 
 Concepts never enter the main tensors. When a block's attention has run, the block's own class forward is entered once
-more with an empty image stream and the concepts as its text: every norm, modulation, projection, gate and
-feed-forward is the block's own code, and the attention inside it is answered from the image keys and values of the
-main call.
+more with an empty image stream and the concepts as its text: every norm, modulation, projection, gate and feed-forward
+is the block's own code, and the attention inside it is answered from the image keys and values of the main call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from diffusers_concept_maps import ops
-from diffusers_concept_maps.backbones import Backbone, Grid, Site
+from diffusers_concept_maps.backbones import Backbone, Site
+
+READS = ("both", "image", "concepts", "none")
+"""What concept tokens attend to (ConceptAttention's ablation); "none" leaves each with its own value."""
+
+
+class Heads(NamedTuple):
+    """Query, key, value and attention output of some tokens `[R, H, S, D]`, the output before its projection."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    output: torch.Tensor
 
 
 class ConceptStream:
     """State of the concept tokens in one forward pass.
 
     Attributes:
-        grid: token grid of the pass.
-        rows: rows of the batch that are recorded.
         answering: True while a block is re-entered; its attention processor then calls `answer`.
     """
 
-    def __init__(self, backbone: Backbone, transformer: Any, embeds: torch.Tensor, grid: Grid, rows: slice) -> None:
-        """Assign only; `embeds` are text encoder states `[row, concept, text_width]`."""
-        self.grid = grid
-        self.rows = rows
+    def __init__(
+        self,
+        backbone: Backbone,
+        transformer: Any,
+        embeds: torch.Tensor,
+        rows: slice,
+        *,
+        multiplicity: torch.Tensor | None,
+        reads: str,
+    ) -> None:
+        """Assign only.
+
+        Args:
+            backbone: of the transformer.
+            transformer: the model.
+            embeds: text encoder states `[row, concept, text_width]`.
+            rows: rows of the batch that the concepts belong to.
+            multiplicity: float `[concept]`, how many equal concepts each one stands for; None is one each.
+            reads: one of `READS`.
+        """
         self.answering = False
         self._backbone = backbone
         self._transformer = transformer
         self._embeds = embeds
+        self._rows = rows
+        self._multiplicity = multiplicity
+        self._reads = reads
         self._concepts: torch.Tensor | None = None
         self._image: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._answered: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._answered: Heads | None = None
 
     def advance(
         self, site: Site, arguments: Mapping[str, Any], image_key: torch.Tensor, image_value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> Heads:
         """Take the concepts through one block.
 
         Args:
@@ -50,16 +78,18 @@ class ConceptStream:
             image_value: values, likewise.
 
         Returns:
-            Keys and attention outputs of the concepts in this block `[R, H, C, D]`.
+            What the concepts' attention was in this block.
         """
         if self._concepts is None:
             self._concepts = self._backbone.enter(self._transformer, self._embeds, arguments["hidden_states"])
-        nested = self._backbone.reentry(arguments, self._concepts, self.rows)
+        nested = self._backbone.reentry(arguments, self._concepts, self._rows)
         # Caches patch `forward` of attention modules in the instance; the nested call must not reach their state.
         patched = site.attention.__dict__.pop("forward", None)
         self._image, self.answering = (image_key, image_value), True
         try:
-            self._concepts = self._backbone.leave(type(site.block).forward(site.block, **nested))
+            # Dropout of a block that is being trained draws for the concepts too.
+            with torch.random.fork_rng(_devices(image_key), enabled=site.block.training):
+                self._concepts = self._backbone.leave(type(site.block).forward(site.block, **nested))
         finally:
             self._image, self.answering = None, False
             if patched is not None:
@@ -69,7 +99,7 @@ class ConceptStream:
         return answered
 
     def answer(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Attention of the concepts over themselves and the image.
+        """Attention of the concepts over what they read.
 
         Args:
             query: concept queries `[R, H, C, D]`.
@@ -80,6 +110,20 @@ class ConceptStream:
             Concept outputs before the output projection `[R, H, C, D]`.
         """
         assert self._image is not None  # only called while a block is re-entered
-        output = ops.concept_attention(query, key, value, *self._image)
-        self._answered = (key, output)
+        image_key, image_value = self._image
+        if self._reads == "none":
+            output = value
+        elif self._reads == "image":
+            output = torch.nn.functional.scaled_dot_product_attention(query, image_key, image_value)
+        else:
+            seen = slice(None) if self._reads == "both" else slice(0, 0)
+            output = ops.concept_attention(
+                query, key, value, image_key[:, :, seen], image_value[:, :, seen], self._multiplicity
+            )
+        self._answered = Heads(query, key, value, output)
         return output
+
+
+def _devices(tensor: torch.Tensor) -> list[torch.device]:
+    """Devices beside the CPU whose random state a computation on the tensor may use."""
+    return [] if tensor.device.type == "cpu" else [tensor.device]

@@ -16,7 +16,9 @@ from safetensors.torch import save_file
 
 import diffusers_concept_maps as dcm
 from diffusers_concept_maps import cli
+from diffusers_concept_maps.maps import StoredMaps
 from diffusers_concept_maps.shapes.captions import TEXT_LENGTH
+from diffusers_concept_maps.shapes.model import GUIDANCE_SCALE
 from diffusers_concept_maps.visualize import figure
 
 FILES = {"video.mp4", "contact_sheet.png", "maps.safetensors"}
@@ -50,9 +52,9 @@ def test_default_maps_are_those_of_trace(folder: Path) -> None:
     with dcm.trace(pipe, cli.DEFAULT_CONCEPTS) as expected:
         pipe(
             cli.DEFAULT_PROMPT,
-            generator=torch.Generator().manual_seed(0),
+            generator=torch.Generator().manual_seed(cli.DEFAULT_SEED),
             num_inference_steps=2,
-            guidance_scale=4.0,
+            guidance_scale=GUIDANCE_SCALE,
             max_sequence_length=TEXT_LENGTH,
         )
     maps = dcm.load(folder / "maps.safetensors")
@@ -195,7 +197,8 @@ def test_info(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_info_prints_nothing_that_steers_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    maps = dcm.ConceptMaps(["a\x1b[31m"], ["m"], lambda _: torch.zeros(1, 1, 1, 2, 2), {"model": "b\x1b[0m"})
+    tensors = {"m": torch.zeros(1, 1, 1, 2, 2), "coverage.m": torch.ones(1, 1, dtype=torch.bool)}
+    maps = dcm.ConceptMaps(StoredMaps(("a\x1b[31m",), tensors), ["m"], {"model": "b\x1b[0m"})
     maps.save(tmp_path / "maps.safetensors")
     assert cli.main(["info", str(tmp_path / "maps.safetensors")]) == 0
     out = capsys.readouterr().out

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 import diffusers_concept_maps as dcm
 from diffusers_concept_maps import maps as maps_module
-from diffusers_concept_maps.maps import ConceptMaps, upsample_map
+from diffusers_concept_maps.maps import ConceptMaps, StoredMaps, upsample_map
 
 CONCEPTS = ("dog", "running", "a/../b \U0001f415")
 METADATA = {"transformer": "Model", "steps": [0, 2], "methods": {"imap": {"layers": [1], "heads": None}}}
@@ -25,8 +25,14 @@ TENSORS = {
 }
 
 
+def made(tensors: dict[str, torch.Tensor], concepts: Sequence[str] = CONCEPTS, metadata: Any = None) -> ConceptMaps:
+    """Maps of one step and layer."""
+    coverage = {f"coverage.{name}": torch.ones(1, 1, dtype=torch.bool) for name in tensors}
+    return ConceptMaps(StoredMaps(tuple(concepts), tensors | coverage), tuple(tensors), metadata or {})
+
+
 def make_maps() -> ConceptMaps:
-    return ConceptMaps(CONCEPTS, tuple(TENSORS), TENSORS.__getitem__, METADATA)
+    return made(TENSORS, metadata=METADATA)
 
 
 def test_get_and_concepts() -> None:
@@ -40,7 +46,7 @@ def test_get_and_concepts() -> None:
 
 
 def test_repr() -> None:
-    maps = ConceptMaps(["dog"], ["imap"], TENSORS.__getitem__)
+    maps = made({"imap": TENSORS["imap"][:, :1]}, ["dog"])
     assert repr(maps) == "ConceptMaps(concepts=['dog'], methods=['imap'])"
 
 
@@ -76,15 +82,15 @@ def test_a_captured_file_says_what_made_it(tmp_path: Path) -> None:
     assert loaded.metadata["steps"] == [0, 2]
     heads = "HeadSelection(score='calinski_harabasz', top_k=2, threshold=None)"
     assert loaded.metadata["methods"] == {
-        "cross_attention": {"layers": [0, 2], "heads": heads, "normalize": "softmax"},
-        "imap": {"layers": [0, 2], "heads": heads, "normalize": "zscore"},
+        "cross_attention": {"layers": [0, 2], "heads": heads, "normalize": "softmax", "space": "output"},
+        "imap": {"layers": [0, 2], "heads": heads, "normalize": "zscore", "space": "output"},
     }
     assert torch.equal(loaded.get("imap"), maps.get("imap"))
 
 
 def test_maps_that_are_not_contiguous_are_saved(tmp_path: Path) -> None:
     tensor = TENSORS["imap"].transpose(3, 4)
-    ConceptMaps(CONCEPTS, ["imap"], lambda method: tensor).save(tmp_path / "maps.safetensors")
+    made({"imap": tensor}).save(tmp_path / "maps.safetensors")
     assert torch.equal(dcm.load(tmp_path / "maps.safetensors").get(), tensor)
 
 
@@ -137,7 +143,7 @@ def reference_pixels(tensor: torch.Tensor, size: tuple[int, int], covering: Sequ
 )
 def test_upsample(latent: int, frames: int, covering: list[int]) -> None:
     tensor = TENSORS["imap"][:, :, :latent]
-    maps = ConceptMaps(CONCEPTS, ["imap"], lambda method: tensor)
+    maps = made({"imap": tensor})
     pixels = maps.upsample((17, 11), frames, "imap")
     assert pixels.shape == (2, 3, frames, 17, 11)
     torch.testing.assert_close(pixels, reference_pixels(tensor, (17, 11), covering), rtol=0, atol=1e-6)

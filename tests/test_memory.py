@@ -148,7 +148,9 @@ def test_beside_the_recorder_a_run_makes_what_a_stock_run_makes(monkeypatch: pyt
 
 
 def test_an_op_that_materializes_all_heads_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def every_head(query: torch.Tensor, key: torch.Tensor, weights: torch.Tensor, standardize: bool) -> torch.Tensor:
+    def every_head(
+        query: torch.Tensor, key: torch.Tensor, weights: torch.Tensor, axis: reference.Axis
+    ) -> torch.Tensor:
         logits = torch.einsum("rhnd,rhcd->rhcn", query, key)
         return (logits * weights[..., None, None]).sum(1)
 
@@ -161,9 +163,9 @@ def test_a_list_of_maps_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[torch.Tensor] = []
     add = Accumulator.add
 
-    def keep(accumulator: Accumulator, scores: torch.Tensor) -> None:
+    def keep(accumulator: Accumulator, scores: torch.Tensor, step: int, layer: int) -> None:
         kept.append(scores)
-        add(accumulator, scores)
+        add(accumulator, scores, step, layer)
 
     monkeypatch.setattr(Accumulator, "add", keep)
     runs = [watched(monkeypatch, steps=steps) for steps in (2, 8)]

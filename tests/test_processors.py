@@ -40,8 +40,8 @@ class Watcher:
     def records(self, attention: Any) -> bool:
         return self._records
 
-    def observe(self, attention: Any, *tensors: torch.Tensor) -> None:
-        self.shown.append(tensors)
+    def observe(self, attention: Any, *tensors: torch.Tensor, text: slice, image: slice) -> None:
+        self.shown.append(tuple(torch.cat([tensor[:, :, text], tensor[:, :, image]], dim=2) for tensor in tensors))
 
 
 class Answerer(Watcher):
@@ -228,7 +228,7 @@ def test_what_is_shown_is_what_the_stock_call_attends_with(
 
     def spy(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
         output = original(query, key, value, **options)
-        seen.extend(tensor[:, :, TEXT:].clone() for tensor in (query, key, value, output))
+        seen.extend(tensor.clone() for tensor in (query, key, value, output))
         return output
 
     with torch.no_grad():
@@ -239,7 +239,7 @@ def test_what_is_shown_is_what_the_stock_call_attends_with(
         use(attention, watcher, stock)
         attention(**inputs)
     (shown,) = watcher.shown
-    assert all(tensor.shape == (BATCH, HEADS, IMAGE, WIDTH) for tensor in shown)
+    assert all(tensor.shape == (BATCH, HEADS, TEXT + IMAGE, WIDTH) for tensor in shown)
     assert all(torch.equal(a, b) for a, b in zip(shown, seen, strict=True))
 
 

@@ -63,10 +63,6 @@ class Backbone(ABC):
     presets: ClassVar[tuple[Preset, ...]] = ()
 
     @abstractmethod
-    def check(self, transformer: Any) -> None:
-        """Raise `ConceptMapsError` if this configuration of the transformer cannot be traced."""
-
-    @abstractmethod
     def sites(self, transformer: Any) -> list[Site]:
         """The layers in the order in which the forward pass runs them."""
 
@@ -79,8 +75,13 @@ class Backbone(ABC):
         """Width of the text encoder states the transformer takes."""
 
     @abstractmethod
-    def encode(self, pipe: Any, texts: list[str]) -> tuple[torch.Tensor, list[int]]:
+    def encode(self, pipe: Any, texts: list[str], length: int | None) -> tuple[torch.Tensor, list[int]]:
         """Text encoder states of each text on its own `[text, token, width]`, and its number of word tokens.
+
+        Args:
+            pipe: whose tokenizer and text encoder to use.
+            texts: words or phrases.
+            length: tokens to pad or cut to; None is what suits the model, to which a text has to fit.
 
         Raises:
             ConceptMapsError: the pipeline has no text encoder, or a text does not fit or has no known word.
@@ -95,13 +96,26 @@ class Backbone(ABC):
         """Batch size of a forward pass, from the arguments of the transformer."""
 
     @abstractmethod
+    def text_length(self, call: Mapping[str, Any]) -> int:
+        """Number of text tokens of a forward pass, from the arguments of the transformer."""
+
+    def geometry(self, transformer: Any) -> dict[str, int]:
+        """How token frames relate to video frames, for `ConceptMaps.upsample`.
+
+        Returns:
+            "frames_per_latent", video frames per latent frame after the first, and "latents_per_token", latent frames
+            per frame of the token grid.
+        """
+        return {"frames_per_latent": 1, "latents_per_token": 1}
+
+    @abstractmethod
     def enter(self, transformer: Any, embeds: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """Concept states before the first block `[row, concept, width]`, by the model's own text projection.
 
         Args:
             transformer: the model.
             embeds: text encoder states `[row, concept, text_width]`.
-            like: a tensor whose dtype and device the model works in.
+            like: the image stream before the first block `[batch, token, width]`, in the model's dtype and device.
         """
 
     @abstractmethod

@@ -1,4 +1,8 @@
-"""CogVideoX: joint attention over text and video with shared weights, text first."""
+"""CogVideoX 1.0 and 1.5, its image-to-video and control variants, and ConsisID, which adds faces between its blocks.
+
+Joint attention over text and video with shared weights, text first. Images, control videos and faces join the video
+stream, by its channels or between blocks; the offset of image-to-video (`ofs`) is part of the time embedding.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,13 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 import torch
+from diffusers.utils import logging
 
 from diffusers_concept_maps.backbones._base import Backbone, Grid, Preset, Site
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
 from diffusers_concept_maps.heads import HeadSelection
+
+logger = logging.get_logger(__name__)
 
 _IMAP_SCRIPTS = (
     "motion layers and top-5 heads of the scripts published with IMAP (arXiv 2603.02919); all steps, as there"
@@ -17,35 +24,50 @@ _IMAP_SCRIPTS = (
 
 
 class CogVideoXBackbone(Backbone):
-    """CogVideoX text-to-video with rotary (5B) or sin-cos (2B) positions; text is the first part of the sequence."""
+    """All transformers with CogVideoX blocks.
 
-    transformer_classes: ClassVar[tuple[str, ...]] = ("CogVideoXTransformer3DModel",)
+    Positions are rotary (5B and 1.5) or sin-cos (2B). 5B image-to-video and ConsisID have a learned table beside the
+    rotary ones, in which text has positions too. The presets of published checkpoints are for text-to-video alone,
+    which video-to-video shares: the others have the same depth but other weights, and nothing is published for them.
+    """
+
+    transformer_classes: ClassVar[tuple[str, ...]] = ("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel")
     presets: ClassVar[tuple[Preset, ...]] = (
         Preset(
             name="CogVideoX-2b",
             source=_IMAP_SCRIPTS,
-            config={"num_layers": 30, "num_attention_heads": 30, "use_rotary_positional_embeddings": False},
+            config={
+                "num_layers": 30,
+                "num_attention_heads": 30,
+                "in_channels": 16,
+                "patch_size_t": None,
+                "use_rotary_positional_embeddings": False,
+            },
             layers={"imap": (4, 6, 7, *range(10, 24))},
             heads={"imap": HeadSelection(top_k=5)},
         ),
         Preset(
             name="CogVideoX-5b",
             source=_IMAP_SCRIPTS,
-            config={"num_layers": 42, "num_attention_heads": 48, "use_rotary_positional_embeddings": True},
+            config={
+                "num_layers": 42,
+                "num_attention_heads": 48,
+                "in_channels": 16,
+                "patch_size_t": None,
+                "use_rotary_positional_embeddings": True,
+                "use_learned_positional_embeddings": False,
+            },
             layers={"imap": (*range(1, 6), *range(7, 22), 23)},
             heads={"imap": HeadSelection(top_k=5)},
         ),
+        Preset(
+            name="the embedded model",
+            source="contrast accuracy of its heads on clips of the development seed (docs/shapes_model.md)",
+            config={"num_layers": 5, "num_attention_heads": 4, "in_channels": 3, "text_embed_dim": 64},
+            layers=dict.fromkeys(("concept_attention", "cross_attention", "gramcol", "imap"), (2, 3, 4)),
+            heads={"imap": HeadSelection(top_k=2)},
+        ),
     )
-
-    def check(self, transformer: Any) -> None:
-        """See `Backbone.check`: image-to-video (learned positions) and CogVideoX 1.5 (patches in time) are refused."""
-        config = transformer.config
-        if config.use_learned_positional_embeddings or config.patch_size_t is not None:
-            raise ConceptMapsError(
-                f"this {type(transformer).__name__} has use_learned_positional_embeddings="
-                f"{config.use_learned_positional_embeddings} and patch_size_t={config.patch_size_t}; only CogVideoX "
-                f"text-to-video checkpoints with neither (2B, 5B) can be traced"
-            )
 
     def sites(self, transformer: Any) -> list[Site]:
         """See `Backbone.sites`."""
@@ -59,7 +81,7 @@ class CogVideoXBackbone(Backbone):
         """See `Backbone.text_width`."""
         return int(transformer.config.text_embed_dim)
 
-    def encode(self, pipe: Any, texts: list[str]) -> tuple[torch.Tensor, list[int]]:
+    def encode(self, pipe: Any, texts: list[str], length: int | None) -> tuple[torch.Tensor, list[int]]:
         """See `Backbone.encode`.
 
         T5 runs without a mask in this pipeline, so that padding shapes every state: concepts are padded to the
@@ -70,50 +92,88 @@ class CogVideoXBackbone(Backbone):
                 f"this {type(pipe).__name__} has no tokenizer or text encoder to encode the concepts with; "
                 f"pass concept_embeds instead"
             )
-        length = int(pipe.transformer.config.max_text_seq_length)
-        counts = [self._word_tokens(pipe.tokenizer, text, length) for text in texts]
-        with torch.no_grad():
+        limit = int(pipe.transformer.config.max_text_seq_length) if length is None else None
+        length = length or int(pipe.transformer.config.max_text_seq_length)
+        counts = [min(self._word_tokens(pipe.tokenizer, text, limit), length - 1) for text in texts]
+        # Dropout of a text encoder that is being trained would draw from the global random state.
+        with torch.no_grad(), torch.random.fork_rng(enabled=pipe.text_encoder.training):
             states, _ = pipe.encode_prompt(texts, do_classifier_free_guidance=False, max_sequence_length=length)
         return states, counts
 
     @staticmethod
-    def _word_tokens(tokenizer: Any, text: str, length: int) -> int:
+    def _word_tokens(tokenizer: Any, text: str, limit: int | None) -> int:
         tokens = tokenizer(text, add_special_tokens=False).input_ids
-        if len(tokens) > length - 1:
+        if limit is not None and len(tokens) > limit - 1:
             raise ConceptMapsValueError(
-                f"concept {text!r} has {len(tokens)} tokens; expected at most {length - 1}. Shorten it."
+                f"concept {text!r} has {len(tokens)} tokens; expected at most {limit - 1}. Shorten it."
             )
         if all(token == tokenizer.unk_token_id for token in tokens):
             raise ConceptMapsValueError(
                 f"concept {text!r} has no word that the tokenizer knows; use words the model was trained with"
             )
+        if tokenizer.unk_token_id in tokens:
+            logger.warning(
+                f"Concept {text!r} has words that the tokenizer does not know; its map will say little of them."
+            )
         return len(tokens)
 
     def grid(self, transformer: Any, call: Mapping[str, Any]) -> Grid:
-        """See `Backbone.grid`; latents are `[batch, frame, channel, height, width]`."""
+        """See `Backbone.grid`; latents are `[batch, frame, channel, height, width]`.
+
+        CogVideoX 1.5 puts two latent frames into a token frame. The pipeline pads an odd number of them in front, so
+        that the first token frame is the padding and the first latent frame; none is padding alone.
+        """
         _, frames, _, height, width = call["hidden_states"].shape
         patch = int(transformer.config.patch_size)
-        return Grid(frames, height // patch, width // patch)
+        return Grid(frames // _latents_per_token(transformer), height // patch, width // patch)
+
+    def text_length(self, call: Mapping[str, Any]) -> int:
+        """See `Backbone.text_length`."""
+        return int(call["encoder_hidden_states"].shape[1])
+
+    def geometry(self, transformer: Any) -> dict[str, int]:
+        """See `Backbone.geometry`."""
+        return {
+            "frames_per_latent": int(transformer.config.temporal_compression_ratio),
+            "latents_per_token": _latents_per_token(transformer),
+        }
 
     def batch(self, call: Mapping[str, Any]) -> int:
         """See `Backbone.batch`."""
         return int(call["hidden_states"].shape[0])
 
     def enter(self, transformer: Any, embeds: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """See `Backbone.enter`; the text rows of the position table are zero, so nothing positional is added."""
-        return cast(torch.Tensor, transformer.patch_embed.text_proj(embeds.to(like)))
+        """See `Backbone.enter`.
+
+        Text has no position where positions are rotary or sin-cos (the table's text rows are zero). In a learned
+        table it may have: every concept then gets that of the first text token, so that their order is of no matter.
+        The official ConceptAttention code gives concept i that of text token i; no parity switch reproduces this.
+        """
+        patch_embed, config = transformer.patch_embed, transformer.config
+        concepts = patch_embed.text_proj(embeds.to(like))
+        # For another number of frames the model leaves the learned table for a sin-cos one.
+        if (
+            config.use_learned_positional_embeddings
+            and patch_embed.pos_embedding.shape[1] == config.max_text_seq_length + like.shape[1]
+        ):
+            concepts = concepts + patch_embed.pos_embedding[:, :1].to(concepts)
+        return cast(torch.Tensor, concepts)
 
     def reentry(self, arguments: Mapping[str, Any], concepts: torch.Tensor, rows: slice) -> dict[str, Any]:
-        """See `Backbone.reentry`; text has no rotary embedding."""
+        """See `Backbone.reentry`; text has no rotary embedding, and one time embedding may serve the whole batch."""
         return {
             "hidden_states": concepts.new_empty(concepts.shape[0], 0, concepts.shape[2]),
             "encoder_hidden_states": concepts,
-            "temb": arguments["temb"][rows],
+            "temb": arguments["temb"].expand(arguments["hidden_states"].shape[0], -1)[rows],
         }
 
     def leave(self, block_output: Any) -> torch.Tensor:
         """See `Backbone.leave`; a block returns video, then text."""
         return cast(torch.Tensor, block_output[1])
+
+
+def _latents_per_token(transformer: Any) -> int:
+    return int(getattr(transformer.config, "patch_size_t", None) or 1)
 
 
 BACKBONE = CogVideoXBackbone()

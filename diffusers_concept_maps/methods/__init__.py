@@ -6,9 +6,9 @@ import importlib
 import pkgutil
 
 from diffusers_concept_maps.errors import ConceptMapsValueError
-from diffusers_concept_maps.methods._base import METHODS, LayerTaps, Method
+from diffusers_concept_maps.methods._base import METHODS, SPACES, LayerTaps, Method, Rules
 
-__all__ = ["LayerTaps", "Method", "find_method", "method_names"]
+__all__ = ["SPACES", "LayerTaps", "Method", "Rules", "find_method", "method_names"]
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

@@ -12,19 +12,54 @@ from diffusers_concept_maps.heads import HeadSelection
 
 METHODS: dict[str, Method] = {}
 
+SPACES = ("output", "value", "query_key")
+"""What `concept_attention` compares: attention outputs, values, or concept queries with video keys."""
+
 
 @dataclass(frozen=True)
 class LayerTaps:
     """What one attention layer shows of the recorded rows of the batch, after norms and rotary embedding.
 
-    R rows, H heads, C concepts, N image tokens, D head width; outputs are those before the output projection.
+    R rows, H heads, T rows of the text axis (concepts or prompt tokens), N image tokens, D head width; outputs are
+    those before the output projection.
     """
 
     image_query: torch.Tensor  # [R, H, N, D]
+    image_key: torch.Tensor  # [R, H, N, D]
+    image_value: torch.Tensor  # [R, H, N, D]
     image_output: torch.Tensor  # [R, H, N, D]
-    concept_key: torch.Tensor  # [R, H, C, D]
-    concept_output: torch.Tensor  # [R, H, C, D]
+    text_query: torch.Tensor  # [R, H, T, D]
+    text_key: torch.Tensor  # [R, H, T, D]
+    text_value: torch.Tensor  # [R, H, T, D]
+    text_output: torch.Tensor  # [R, H, T, D]
     frames: int
+    multiplicity: torch.Tensor | None = None  # [T], how many equal rows each row of the text axis stands for
+
+    def head(self, index: int) -> LayerTaps:
+        """The same layer as if it had this head only."""
+        tensors = {
+            name: getattr(self, name)[:, index : index + 1]
+            for name in self.__dataclass_fields__
+            if name not in ("frames", "multiplicity")
+        }
+        return LayerTaps(**tensors, frames=self.frames, multiplicity=self.multiplicity)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Where implementations of one method differ.
+
+    Attributes:
+        standardize: per head, "clip" over all tokens of the clip, "text" over the text axis, or "none".
+        space: one of `SPACES`, for `concept_attention`.
+        scaled: query-key logits are divided by `sqrt(D)`.
+        sum_heads: `gramcol` sums the heads instead of averaging them.
+    """
+
+    standardize: str = "none"
+    space: str = "output"
+    scaled: bool = True
+    sum_heads: bool = False
 
 
 class Method(ABC):
@@ -47,16 +82,16 @@ class Method(ABC):
             METHODS[cls.name] = cls()
 
     @abstractmethod
-    def score(self, taps: LayerTaps, heads: torch.Tensor, *, standardize: bool) -> torch.Tensor:
-        """Raw score of every concept at every token.
+    def score(self, taps: LayerTaps, heads: torch.Tensor, rules: Rules) -> torch.Tensor:
+        """Raw score of every row of the text axis at every token.
 
         Args:
             taps: the layer.
             heads: float32 `[R, H]`, 1 for the heads to use and 0 for the others.
-            standardize: bring every head's map to mean 0 and deviation 1 over the clip before heads are joined.
+            rules: which variant of the method.
 
         Returns:
-            float32 `[R, C, N]`.
+            float32 `[R, T, N]`.
         """
 
 

@@ -7,15 +7,23 @@ from typing import ClassVar
 import torch
 
 from diffusers_concept_maps import ops
-from diffusers_concept_maps.methods._base import LayerTaps, Method
+from diffusers_concept_maps.methods._base import LayerTaps, Method, Rules
 
 
 class ConceptAttention(Method):
-    """Dot product of the attention outputs of concept and image tokens, heads concatenated, softmax over concepts."""
+    """Dot product of the attention outputs of concept and image tokens, heads concatenated, softmax over concepts.
+
+    The paper's ablation compares values, or concept queries with image keys, instead (`Rules.space`).
+    """
 
     name: ClassVar[str] = "concept_attention"
     default_normalize: ClassVar[str] = "softmax"
 
-    def score(self, taps: LayerTaps, heads: torch.Tensor, *, standardize: bool) -> torch.Tensor:
+    def score(self, taps: LayerTaps, heads: torch.Tensor, rules: Rules) -> torch.Tensor:
         """See `Method.score`; heads are summed, as a dot product of concatenated heads does."""
-        return ops.output_similarity(taps.concept_output, taps.image_output, heads, standardize=standardize)
+        text, image = {
+            "output": (taps.text_output, taps.image_output),
+            "value": (taps.text_value, taps.image_value),
+            "query_key": (taps.text_query, taps.image_key),
+        }[rules.space]
+        return ops.output_similarity(text, image, heads, standardize=rules.standardize, multiplicity=taps.multiplicity)

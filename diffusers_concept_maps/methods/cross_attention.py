@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from diffusers_concept_maps import ops
-from diffusers_concept_maps.methods._base import LayerTaps, Method, mean_weights
+from diffusers_concept_maps.methods._base import LayerTaps, Method, Rules, mean_weights
 
 
 class CrossAttention(Method):
@@ -16,7 +16,15 @@ class CrossAttention(Method):
     name: ClassVar[str] = "cross_attention"
     default_normalize: ClassVar[str] = "softmax"
 
-    def score(self, taps: LayerTaps, heads: torch.Tensor, *, standardize: bool) -> torch.Tensor:
+    def score(self, taps: LayerTaps, heads: torch.Tensor, rules: Rules) -> torch.Tensor:
         """See `Method.score`."""
         weights = mean_weights(heads)
-        return ops.query_key_similarity(taps.image_query, taps.concept_key, weights, standardize=standardize)
+        if not rules.scaled:
+            weights = weights * taps.image_query.shape[-1] ** 0.5
+        return ops.query_key_similarity(
+            taps.image_query,
+            taps.text_key,
+            weights,
+            standardize=rules.standardize,
+            multiplicity=taps.multiplicity,
+        )

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from diffusers_concept_maps import ops
-from diffusers_concept_maps.methods._base import LayerTaps, Method, mean_weights
+from diffusers_concept_maps.methods._base import LayerTaps, Method, Rules, mean_weights
 
 
 class GramCol(Method):
@@ -21,13 +21,14 @@ class GramCol(Method):
     name: ClassVar[str] = "gramcol"
     default_normalize: ClassVar[str] = "zscore"
 
-    def score(self, taps: LayerTaps, heads: torch.Tensor, *, standardize: bool) -> torch.Tensor:
+    def score(self, taps: LayerTaps, heads: torch.Tensor, rules: Rules) -> torch.Tensor:
         """See `Method.score`."""
         return ops.gram_columns(
             taps.image_query,
-            taps.concept_key,
+            taps.text_key,
             taps.image_output,
-            mean_weights(heads),
+            heads if rules.sum_heads else mean_weights(heads),
             taps.frames,
-            standardize=standardize,
+            standardize=rules.standardize,
+            multiplicity=taps.multiplicity,
         )

@@ -75,16 +75,23 @@ class ConceptAttnProcessor(ConceptProcessor):
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: Any = None,
+        temb: torch.Tensor | None = None,
     ) -> Any:
         """As the stock processor of `attn`; arguments that were not given are not passed on."""
         delegate: Any = self.delegate(attn, encoder_hidden_states is not None)
-        delegate.recorder = self.recorder
+        if image_rotary_emb is not None and encoder_hidden_states is None:
+            raise _unknown(attn)  # the plain processor that stands in for text-free attention would drop the positions
         given = {
             "encoder_hidden_states": encoder_hidden_states,
             "attention_mask": attention_mask,
             "image_rotary_emb": image_rotary_emb,
+            "temb": temb,
         }
-        return delegate(attn, hidden_states, **{name: value for name, value in given.items() if value is not None})
+        delegate.recorder = self.recorder
+        try:
+            return delegate(attn, hidden_states, **{name: value for name, value in given.items() if value is not None})
+        finally:
+            delegate.recorder = None
 
     def delegate(self, attn: nn.Module, has_text: bool) -> ConceptProcessor:
         """The processor that does the work for a module.
@@ -102,7 +109,11 @@ class ConceptAttnProcessor(ConceptProcessor):
         if isinstance(attn, Attention) and not has_text:
             self._delegates[attn] = passive(AttnProcessor2_0)()
             return self._delegates[attn]
-        raise ConceptMapsError(
-            f"the stock processor of this {type(attn).__name__} is not known to ConceptAttnProcessor; use "
-            f"set_attn_processor(concept_attn_processors(transformer)) instead"
-        )
+        raise _unknown(attn)
+
+
+def _unknown(attn: nn.Module) -> ConceptMapsError:
+    return ConceptMapsError(
+        f"the stock processor of this {type(attn).__name__} is not known to ConceptAttnProcessor; use "
+        f"set_attn_processor(concept_attn_processors(transformer)) instead"
+    )

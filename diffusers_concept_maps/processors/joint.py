@@ -63,7 +63,7 @@ class _SharedJointProcessor(ConceptProcessor):
             query, key, value, attn_mask=mask, dropout_p=0.0, is_causal=False
         )
         result = self._finish(attn, output, text)
-        recorder.observe(attn, *(tensor[:, :, text:] for tensor in (query, key, value, output)))
+        recorder.observe(attn, query, key, value, output, text=slice(0, text), image=slice(text, None))
         return result
 
     def _project(self, attn: Attention, joint: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

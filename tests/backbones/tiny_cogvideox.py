@@ -23,11 +23,17 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=TEXT_LENGTH
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=TEXT_LENGTH,
     )
 
 
-def make_transformer(*, rope: bool = True, layers: int = 3, heads: int = 4, **config: Any) -> CogVideoXTransformer3DModel:
+def make_transformer(
+    *, rope: bool = True, layers: int = 3, heads: int = 4, **config: Any
+) -> CogVideoXTransformer3DModel:
     """A random transformer: `heads` x 16, wide enough that heads, rows and concepts cannot be confused."""
     torch.manual_seed(0)
     settings: dict[str, Any] = {
@@ -54,7 +60,9 @@ def make_transformer(*, rope: bool = True, layers: int = 3, heads: int = 4, **co
     return transformer.eval()
 
 
-def make_pipeline(*, rope: bool = True, layers: int = 3, dtype: torch.dtype = torch.float32, **config: Any) -> CogVideoXPipeline:
+def make_pipeline(
+    *, rope: bool = True, layers: int = 3, dtype: torch.dtype = torch.float32, **config: Any
+) -> CogVideoXPipeline:
     """A stock text-to-video pipeline around `make_transformer`, silent."""
     transformer = make_transformer(rope=rope, layers=layers, **config)
     text_config = T5Config(

@@ -1,0 +1,85 @@
+"""Switches that reproduce the maps of official implementations, quirks included, and what each turns on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from diffusers_concept_maps.errors import ConceptMapsValueError
+from diffusers_concept_maps.methods import Rules
+
+
+@dataclass(frozen=True)
+class Parity:
+    """One official implementation.
+
+    Attributes:
+        name: as in `parity=`.
+        rules: how each of its methods forms scores; a method that is not there does not exist in it.
+        default_normalize: where the caller names none.
+        softmax_again: with "softmax", a second softmax over the concepts in every step, after the mean over its
+            layers; a single concept is scaled to 0..1 over the clip instead.
+        padded: the text axis has as many rows as the prompt; those without a concept are zero embeddings. They take
+            part in the concept attention, in z-scores and in the softmax over the text axis, and are dropped after it.
+            `dataclasses.replace(IMAP, padded=False)` is the same without them, as official code is when it is given
+            concepts that are not padded; the z-score of a single concept is then not a number.
+    """
+
+    name: str
+    rules: Mapping[str, Rules]
+    default_normalize: str
+    softmax_again: bool
+    padded: bool = True
+
+
+IMAP = Parity(
+    name="imap",
+    rules={
+        "concept_attention": Rules(),
+        "cross_attention": Rules(scaled=False),
+        "gramcol": Rules(standardize="text", sum_heads=True),
+        "imap": Rules(standardize="text"),
+    },
+    default_normalize="none",
+    softmax_again=True,
+)
+"""IMAP (arXiv 2603.02919), its published code for CogVideoX.
+
+Turns on: the first sub-word of a concept, padded to 16; the text axis padded to the prompt's length; unscaled
+query-key logits; Gram columns z-scored over the padded text axis, per head, with unbiased deviation; `gramcol`
+summed over all heads, `imap` averaged over the chosen ones; `normalize="none"` by default, which is what its scripts
+run, and two softmaxes with `normalize="softmax"`. `target="prompt"` z-scores over all rows of the prompt, padding
+included, and a word is its first sub-word.
+"""
+
+CONCEPT_ATTENTION = Parity(
+    name="concept_attention",
+    rules={"concept_attention": Rules(), "cross_attention": Rules(scaled=False)},
+    default_normalize="softmax",
+    softmax_again=False,
+)
+"""ConceptAttention (arXiv 2502.04320), its published code for CogVideoX.
+
+Turns on: the first sub-word of a concept, padded to 16; the text axis padded to the prompt's length, so that the
+softmax over concepts includes padding and the concepts do not sum to 1; unscaled query-key logits, heads averaged.
+
+Not reproduced: the second softmax that its pipeline applies to cross-attention maps.
+"""
+
+TOKEN_POLICY, CONCEPT_LENGTH = "first", 16
+"""How official codes embed a concept: its first sub-word, padded to so many tokens."""
+
+_PARITIES = {parity.name: parity for parity in (IMAP, CONCEPT_ATTENTION)}
+
+
+def find_parity(name: str | Parity | None) -> Parity | None:
+    """The switch of that name, None for none; a `Parity` is itself.
+
+    Raises:
+        ConceptMapsValueError: there is no such switch.
+    """
+    if name is None or isinstance(name, Parity):
+        return name
+    if name not in _PARITIES:
+        raise ConceptMapsValueError(f"unknown parity {name!r}; expected None or one of {', '.join(sorted(_PARITIES))}")
+    return _PARITIES[name]

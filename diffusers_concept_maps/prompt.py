@@ -1,0 +1,207 @@
+"""Words of the prompt as targets: which tokens of the prompt each word is."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
+
+_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+
+
+def words_of(prompt: str) -> tuple[str, ...]:
+    """The different words of a prompt in order of appearance, without punctuation."""
+    return tuple(dict.fromkeys(_WORD.findall(prompt)))
+
+
+def token_spans(tokenizer: Any, prompt: str, length: int) -> list[tuple[int, int]]:
+    """The characters `(start, stop)` of a prompt that each of its tokens covers; marks that are added cover none.
+
+    Args:
+        tokenizer: the pipeline's.
+        prompt: the text that is encoded.
+        length: number of tokens that it is cut to.
+
+    Raises:
+        ConceptMapsError: the tokenizer cannot tell.
+    """
+    if not tokenizer.is_fast:
+        raise ConceptMapsError(
+            f"{type(tokenizer).__name__} does not tell which characters a token covers; pass "
+            f"prompt_tokens={{word: positions}}"
+        )
+    encoded = tokenizer(prompt, truncation=True, max_length=length, return_offsets_mapping=True)
+    return list(encoded.offset_mapping)
+
+
+def find_tokens(spans: Sequence[tuple[int, int]], prompt: str, word: str) -> list[list[int]]:
+    """Positions of a word or phrase in the tokenized prompt, one list of sub-words per occurrence.
+
+    Characters are compared, not tokens: punctuation next to a word may change its tokens, a longer word may begin with
+    the same ones, and all unknown words share one.
+
+    Args:
+        spans: of the prompt's tokens, by `token_spans`.
+        prompt: the text.
+        word: what to find, as a whole word.
+
+    Raises:
+        ConceptMapsValueError: the prompt does not contain it, or not within its tokens.
+    """
+    pattern = r"\s+".join(re.escape(part) for part in word.split())
+    places = [match.span() for match in re.finditer(rf"(?<![^\W_]){pattern}(?![^\W_])", prompt)]
+    if not places:
+        raise ConceptMapsValueError(
+            f"{word!r} is not a word of the prompt {prompt!r}; with target='prompt' every concept must be in it"
+        )
+    if places[-1][1] > max(stop for _, stop in spans):
+        raise ConceptMapsValueError(
+            f"{word!r} lies beyond the {len(spans)} tokens of the prompt that the transformer sees; use a larger "
+            f"max_sequence_length or a shorter prompt"
+        )
+    return [
+        [token for token, (begin, end) in enumerate(spans) if begin < stop and start < end] for start, stop in places
+    ]
+
+
+@dataclass(frozen=True)
+class TextRows:
+    """Rows of the text axis that are scored, and how they become words.
+
+    Attributes:
+        indices: the rows `[T]`; None is all of them.
+        weights: float32 `[R, word, T]`, the mean over the tokens of each word.
+    """
+
+    indices: torch.Tensor | None
+    weights: torch.Tensor
+
+    def select(self, text: torch.Tensor) -> torch.Tensor:
+        """The scored rows of `[R, H, text, D]`."""
+        return text if self.indices is None else text.index_select(2, self.indices)
+
+    def merge(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores of rows `[R, T, N]` to scores of words `[R, word, N]`."""
+        return torch.bmm(self.weights, scores)
+
+
+class PromptTokens:
+    """Where each target word is in the prompt of the current run.
+
+    Either given as positions, or found when the pipeline encodes its prompt: for the time of the capture
+    `encode_prompt` is shadowed in the pipeline's own `__dict__` by a function that notes the prompt and calls the
+    original.
+
+    Attributes:
+        names: the target words; known from the first run on where none were given.
+    """
+
+    def __init__(
+        self,
+        pipe: Any | None,
+        names: tuple[str, ...] | None,
+        positions: Mapping[str, Sequence[int]] | None,
+        *,
+        official: bool,
+    ) -> None:
+        """Assign only.
+
+        Args:
+            pipe: the pipeline; None for a bare transformer.
+            names: the target words; None for all words of the prompt.
+            positions: token positions of every word, where the caller knows them.
+            official: as official code, a word is the first sub-word of its first occurrence, and all rows of the text
+                axis, padding included, are scored beside it.
+        """
+        self.names: tuple[str, ...] = names or tuple(positions or ())
+        self._pipe = pipe
+        self._chosen = names
+        self._given = positions
+        self._official = official
+        self._prompts: list[str] | None = None
+        self._listener: Callable[..., Any] | None = None
+        self._before: Any = None
+
+    def listen(self) -> None:
+        """Start to note the prompts that the pipeline encodes."""
+        if self._given is None and self._pipe is not None:
+            original = self._pipe.encode_prompt
+
+            @functools.wraps(original)
+            def encode_prompt(*args: Any, **kwargs: Any) -> Any:
+                prompt = inspect.signature(original).bind(*args, **kwargs).arguments.get("prompt")
+                self._prompts = [prompt] if isinstance(prompt, str) else prompt
+                return original(*args, **kwargs)
+
+            self._before, self._listener = self._pipe.__dict__.get("encode_prompt"), encode_prompt
+            self._pipe.__dict__["encode_prompt"] = encode_prompt
+
+    def stop(self) -> None:
+        """Take the note-taking out of the pipeline again, and let go of the pipeline."""
+        if self._pipe is not None and self._listener is not None:
+            own = self._pipe.__dict__
+            if own.get("encode_prompt") is self._listener:  # otherwise somebody has set another one since
+                del own["encode_prompt"]
+                if self._before is not None:
+                    own["encode_prompt"] = self._before
+        self._pipe = self._listener = self._before = None
+
+    def rows(self, videos: int, length: int, device: torch.device) -> TextRows:
+        """Which text rows the words are, and how they are joined.
+
+        Args:
+            videos: number of videos; those of one prompt follow one another.
+            length: number of text tokens of the transformer's input.
+            device: where to put the indices and weights.
+
+        Raises:
+            ConceptMapsError: the prompts are not known, a word is not in one of them, or lies beyond `length`.
+        """
+        tables = self._tables(length)
+        if videos % len(tables):
+            raise ConceptMapsError(
+                f"{videos} videos were generated from {len(tables)} prompts; their words are not known"
+            )
+        weights = torch.zeros(len(tables), len(self.names), length)
+        for row, table in enumerate(tables):
+            for column, name in enumerate(self.names):
+                if max(table[name]) >= length:
+                    raise ConceptMapsValueError(
+                        f"prompt_tokens has token {max(table[name])} for {name!r}; the transformer sees {length} "
+                        f"tokens, 0 to {length - 1}"
+                    )
+                weights[row, column, table[name]] = 1 / len(table[name])
+        weights = weights.repeat_interleave(videos // len(tables), 0)
+        if self._official:
+            return TextRows(None, weights.to(device))
+        used = weights.sum((0, 1)).nonzero().flatten()
+        return TextRows(used.to(device), weights[:, :, used].to(device))
+
+    def _tables(self, length: int) -> list[dict[str, list[int]]]:
+        """Positions per prompt and word."""
+        if self._given is not None:
+            return [{name: sorted(set(positions)) for name, positions in self._given.items()}]
+        if self._prompts is None or self._pipe is None:
+            raise ConceptMapsError(
+                "target='prompt' needs the text of the prompt, and this run was given prompt_embeds; pass "
+                "prompt_tokens={word: positions}"
+            )
+        if self._chosen is None:
+            self.names = words_of(self._prompts[0])
+        if not self.names:
+            raise ConceptMapsValueError(f"the prompt {self._prompts[0]!r} has no words to make maps of")
+        tables = []
+        for prompt in self._prompts:
+            spans = token_spans(self._pipe.tokenizer, prompt, length)
+            tables.append({name: self._join(find_tokens(spans, prompt, name)) for name in self.names})
+        return tables
+
+    def _join(self, occurrences: list[list[int]]) -> list[int]:
+        return occurrences[0][:1] if self._official else sorted(set().union(*occurrences))
