@@ -152,7 +152,7 @@ def _text_length(pipe: Any) -> dict[str, int]:
 
 def _write(folder: Path, frames: Any, maps: ConceptMaps, prompt: str, fps: int) -> dict[str, str]:
     """Write every file; the names of the overlays by concept."""
-    from diffusers_concept_maps.maps import spread_frames
+    from diffusers_concept_maps.upsample import spread_frames
     from diffusers_concept_maps.visualize.figure import contact_sheet
     from diffusers_concept_maps.visualize.overlay import as_pictures, enlarge
     from diffusers_concept_maps.visualize.video import write_image

@@ -15,7 +15,8 @@ from safetensors import safe_open
 
 import diffusers_concept_maps as dcm
 from diffusers_concept_maps import maps as maps_module
-from diffusers_concept_maps.maps import ConceptMaps, StoredMaps, upsample_map
+from diffusers_concept_maps.maps import ConceptMaps, StoredMaps
+from diffusers_concept_maps.upsample import upsample_map
 
 CONCEPTS = ("dog", "running", "a/../b \U0001f415")
 METADATA = {"transformer": "Model", "steps": [0, 2], "methods": {"imap": {"layers": [1], "heads": None}}}

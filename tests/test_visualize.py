@@ -13,7 +13,8 @@ from matplotlib import colormaps
 from PIL import Image
 
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
-from diffusers_concept_maps.maps import ConceptMap, upsample_map
+from diffusers_concept_maps.maps import ConceptMap
+from diffusers_concept_maps.upsample import upsample_map
 from diffusers_concept_maps.visualize import figure
 from diffusers_concept_maps.visualize.figure import contact_sheet
 from diffusers_concept_maps.visualize.overlay import as_pictures, enlarge, overlay

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from diffusers_concept_maps.errors import ConceptMapsValueError
-from diffusers_concept_maps.maps import upsample_map
+from diffusers_concept_maps.upsample import upsample_map
 from diffusers_concept_maps.visualize import require
 
 COLORMAP = "inferno"

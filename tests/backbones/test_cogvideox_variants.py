@@ -26,7 +26,7 @@ from diffusers.pipelines.cogvideo.pipeline_output import CogVideoXPipelineOutput
 
 import diffusers_concept_maps as dcm
 from diffusers_concept_maps.backbones.cogvideox import BACKBONE
-from diffusers_concept_maps.maps import spread_frames
+from diffusers_concept_maps.upsample import spread_frames
 from diffusers_concept_maps.visualize.overlay import overlay
 
 CONCEPTS = ["dog", "red rock", "sky"]
