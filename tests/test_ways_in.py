@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -306,6 +308,25 @@ def test_one_router_serves_many_models() -> None:
                 torch.equal(tiny.call(p, PROMPTS), f) for p, f in zip(pipes, stock, strict=True) if p is not pipe
             )
         assert torch.equal(maps.get(), wanted)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))])
+@pytest.mark.parametrize("install", [dcm.concept_attn_processors, lambda transformer: dcm.ConceptAttnProcessor()])
+def test_a_model_with_our_processors_can_be_copied_and_pickled(install: Any, copied: Any) -> None:
+    pipe = make_pipeline(refined=True)
+    pipe.transformer.set_attn_processor(install(pipe.transformer))
+    frames, maps = record(pipe)  # a router knows its modules by now
+    other = copied(pipe.transformer)
+    assert {type(p) for p in other.attn_processors.values()} == {
+        type(p) for p in pipe.transformer.attn_processors.values()
+    }
+    assert not {id(p) for p in other.attn_processors.values()} & {
+        id(p) for p in pipe.transformer.attn_processors.values()
+    }
+    pipe.transformer = other
+    again, maps_again = record(pipe)
+    assert torch.equal(again, frames)
+    assert torch.equal(maps_again.get(), maps.get())
 
 
 class OtherAttention(nn.Module):

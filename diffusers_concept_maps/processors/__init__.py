@@ -68,6 +68,10 @@ class ConceptAttnProcessor(ConceptProcessor):
         """Nothing is known yet about the modules it will serve."""
         self._delegates: WeakKeyDictionary[nn.Module, ConceptProcessor] = WeakKeyDictionary()
 
+    def __reduce__(self) -> tuple[type[ConceptAttnProcessor], tuple[()]]:
+        """Copied and pickled idle: the copy of a model has modules of its own, which the new router gets to know."""
+        return type(self), ()
+
     def __call__(
         self,
         attn: nn.Module,

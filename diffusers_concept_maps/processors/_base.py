@@ -38,7 +38,18 @@ class ConceptProcessor:
 @cache
 def passive(stock: Any) -> type[ConceptProcessor]:
     """A subclass of a stock processor that only stands in for it, for attention that carries no text."""
-    return cast("type[ConceptProcessor]", type(f"Concept{stock.__name__}", (ConceptProcessor, stock), {}))
+    members = {"__reduce__": _reduce_passive}
+    return cast("type[ConceptProcessor]", type(f"Concept{stock.__name__}", (ConceptProcessor, stock), members))
+
+
+def _reduce_passive(processor: Any) -> tuple[Any, ...]:
+    """A class that is made at run time is pickled by its stock class."""
+    return _new_passive, (type(processor).__mro__[2],), processor.__dict__
+
+
+def _new_passive(stock: Any) -> ConceptProcessor:
+    cls = passive(stock)
+    return cls.__new__(cls)
 
 
 def from_stock(cls: type[ConceptProcessor], stock: Any) -> ConceptProcessor:
