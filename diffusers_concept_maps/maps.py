@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
+from diffusers_concept_maps.files import whole_file
 from diffusers_concept_maps.upsample import spread_frames, upsample_map
 
 if TYPE_CHECKING:
@@ -183,18 +183,13 @@ class ConceptMaps:
             path: file to write; an existing one is replaced.
 
         Raises:
-            ConceptMapsError: nothing has been recorded yet.
+            ConceptMapsError: nothing has been recorded yet, or the folder is not there.
         """
-        target = Path(path)
         tensors = {method: self.get(method).contiguous() for method in self.methods}
         tensors |= {f"coverage.{method}": table for method, table in self.coverage.items()}
         header = {"concepts": self.concepts, "methods": self.methods, "metadata": self.metadata, "format": _FORMAT}
-        partial = target.with_name(f".{target.name}.partial")
-        try:
+        with whole_file(path) as partial:
             save_file(tensors, partial, metadata={"concept_maps": json.dumps(header)})
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
 
     def __repr__(self) -> str:
         return f"ConceptMaps(concepts={list(self.concepts)}, methods={list(self.methods)})"
@@ -250,6 +245,9 @@ class ConceptMap:
             index: which map of the batch.
             opacity: of the map where it is strongest, 0 to 1.
             fps: frames per second.
+
+        Raises:
+            ConceptMapsError: as `overlay` and `visualize.video.write_video`.
         """
         from diffusers_concept_maps.visualize.video import write_video
 

@@ -111,6 +111,13 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyte
     assert os.listdir(tmp_path) == ["maps.safetensors"]
 
 
+def test_a_save_into_a_folder_that_is_not_there_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(dcm.ConceptMapsError, match=r"^'missing/maps' .* there is no folder '/.*/missing'; make it"):
+        make_maps().save("missing/maps")
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_save_onto_a_folder_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "folder" / "inner").mkdir(parents=True)
     with pytest.raises(OSError, match="folder"):

@@ -187,9 +187,15 @@ def test_encoder_that_fails_midway_leaves_the_older_file_alone(
     assert clip.read_text(encoding="utf-8") == "older"
 
 
-def test_video_into_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConceptMapsError, match="No such file or directory"):
-        write_video(tmp_path / "missing" / "clip.mp4", [Image.new("RGB", (32, 32))])
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (32, 32))
+    for write in (
+        lambda: write_video(tmp_path / "missing" / "clip.mp4", [picture]),
+        lambda: write_image(tmp_path / "missing" / "sheet.png", picture),
+    ):
+        with pytest.raises(ConceptMapsError, match=r"there is no folder '.*missing'; make it first"):
+            write()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_video_name_is_never_read_as_an_option_or_a_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

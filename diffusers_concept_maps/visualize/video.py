@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
+from diffusers_concept_maps.files import whole_file
 from diffusers_concept_maps.visualize import require
 
 
@@ -26,19 +27,14 @@ def write_video(path: str | os.PathLike[str], frames: Sequence[Image.Image], *, 
 
     Raises:
         ConceptMapsValueError: no frames, frames of different sizes, or a file name that does not end in `.mp4`.
-        ConceptMapsError: imageio-ffmpeg is not installed, or the encoder failed.
+        ConceptMapsError: imageio-ffmpeg is not installed, the folder is not there, or the encoder failed.
     """
     ffmpeg = require("imageio_ffmpeg").get_ffmpeg_exe()
     _check(frames)
-    target = Path(path).absolute()  # never read as an option or a protocol
-    if target.suffix.lower() != ".mp4":
+    if Path(path).suffix.lower() != ".mp4":
         raise ConceptMapsValueError(f"{os.fspath(path)!r} is no name of an MP4 file; let it end in .mp4")
-    partial = target.with_name(f".{target.stem}.partial.mp4")
-    try:
+    with whole_file(path) as partial:
         _encode(ffmpeg, partial, frames, fps)
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_image(path: str | os.PathLike[str], picture: Image.Image) -> None:
@@ -47,14 +43,12 @@ def write_image(path: str | os.PathLike[str], picture: Image.Image) -> None:
     Args:
         path: file to write, such as `sheet.png`; an existing one is replaced.
         picture: what to write.
+
+    Raises:
+        ConceptMapsError: the folder is not there.
     """
-    target = Path(path)
-    partial = target.with_name(f".{target.stem}.partial{target.suffix}")
-    try:
+    with whole_file(path) as partial:
         picture.save(partial)
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _check(frames: Sequence[Image.Image]) -> None:
@@ -70,7 +64,10 @@ def _check(frames: Sequence[Image.Image]) -> None:
 
 
 def _encode(ffmpeg: str, path: Path, frames: Sequence[Image.Image], fps: int) -> None:
-    """Run the encoder, and look at how it ended: imageio's writers do not, and keep what a full disk cut off."""
+    """Run the encoder, and look at how it ended: imageio's writers do not, and keep what a full disk cut off.
+
+    `path` is absolute, so that its name is never read as an option or a protocol.
+    """
     pixels = np.stack([_even(np.asarray(frame.convert("RGB"))) for frame in frames])
     _, height, width, _ = pixels.shape
     source = ("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-")
