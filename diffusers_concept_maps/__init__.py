@@ -31,6 +31,7 @@ _HOME = {
     "concept_attn_processors": "processors",
     "load": "maps",
     "load_shapes_pipeline": "shapes.model",
+    "parity": "",
     "trace": "capture",
     "with_concept_maps": "pipeline",
 }
@@ -49,6 +50,7 @@ __all__ = [
     "concept_attn_processors",
     "load",
     "load_shapes_pipeline",
+    "parity",
     "trace",
     "with_concept_maps",
 ]
@@ -58,6 +60,6 @@ def __getattr__(name: str) -> Any:
     """Load a public name from its module on first use, so that importing the package stays cheap."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name == "backbones":
-        return importlib.import_module(f"{__name__}.backbones")
+    if not _HOME[name]:  # a module itself
+        return importlib.import_module(f"{__name__}.{name}")
     return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -198,5 +198,14 @@ def test_import_is_light() -> None:
     assert {"matplotlib", "imageio", "triton"}.isdisjoint(loaded)
 
 
+def test_every_public_name_needs_no_other_import() -> None:
+    call = (
+        "import diffusers_concept_maps as dcm; print(dcm.parity.IMAP.name, dcm.backbones.supported()[0]); "
+        "[getattr(dcm, name) for name in dcm.__all__]"
+    )
+    assert python("-c", call, cwd=ROOT) == "imap CogVideoXTransformer3DModel"
+    assert sorted(diffusers_concept_maps._HOME) == diffusers_concept_maps.__all__
+
+
 def test_command_exists() -> None:
     assert callable(pkgutil.resolve_name(PROJECT["scripts"]["concept-maps"]))
