@@ -36,7 +36,7 @@ class CaptureHandle:
         """Attach; whatever fails on the way, everything done so far is undone."""
         metadata = _metadata(find_backbone(transformer), transformer, plan)
         self.maps = {
-            branch: ConceptMaps(_BranchView(plan, recorder.results, branch), tuple(plan.methods), metadata)
+            branch: ConceptMaps(_BranchView(plan, recorder.results, branch, metadata), tuple(plan.methods))
             for branch in plan.branches
         }
         self._prompt = plan.prompt
@@ -245,10 +245,19 @@ class _BranchView:
     plan: CapturePlan
     results: Results
     branch: str
+    known: dict[str, Any]  # the metadata that does not depend on the run
 
     @property
     def concepts(self) -> tuple[str, ...]:
         return self.plan.names
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        methods = {
+            name: entry | {"normalize": _normalization(self.plan, name)}
+            for name, entry in self.known["methods"].items()
+        }
+        return self.known | {"methods": methods}
 
     def read(self, method: str) -> torch.Tensor:
         return self.results.read(self.branch, method)
@@ -261,7 +270,7 @@ class _BranchView:
 
 
 def _metadata(backbone: Backbone, transformer: Any, plan: CapturePlan) -> dict[str, Any]:
-    """What made the maps, for `ConceptMaps.metadata`."""
+    """What made the maps, for `ConceptMaps.metadata`, as far as it does not depend on the run."""
     return {
         "transformer": type(transformer).__name__,
         "target": "concepts" if plan.prompt is None else "prompt",
@@ -272,7 +281,6 @@ def _metadata(backbone: Backbone, transformer: Any, plan: CapturePlan) -> dict[s
             name: {
                 "layers": sorted(method.layers),
                 "heads": str(method.heads) if isinstance(method.heads, HeadSelection) else method.heads,
-                "normalize": "softmax" if method.softmax else _STANDARDIZED[method.rules.standardize],
                 "space": method.rules.space,
             }
             for name, method in plan.methods.items()
@@ -281,4 +289,7 @@ def _metadata(backbone: Backbone, transformer: Any, plan: CapturePlan) -> dict[s
     }
 
 
-_STANDARDIZED = {"none": "none", "clip": "zscore", "text": "zscore over the text axis"}
+def _normalization(plan: CapturePlan, method: str) -> str:
+    """What was done to the scores of a method; only the run tells whether a prompt has words enough for a softmax."""
+    standardized = {"none": "none", "clip": "zscore", "text": "zscore over the text axis"}
+    return "softmax" if plan.has_softmax(method) else standardized[plan.methods[method].rules.standardize]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -29,6 +29,10 @@ class MapSource(Protocol):
     @property
     def concepts(self) -> tuple[str, ...]:
         """Names in map order."""
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What made the maps, JSON-compatible."""
 
     def read(self, method: str) -> torch.Tensor:
         """Map `[batch, concept, frame, height, width]`."""
@@ -56,16 +60,20 @@ class ConceptMaps:
         >>> maps["running"].overlay(frames)
     """
 
-    def __init__(self, source: MapSource, methods: Sequence[str], metadata: Mapping[str, Any]) -> None:
+    def __init__(self, source: MapSource, methods: Sequence[str]) -> None:
         """Assign only."""
         self.methods = tuple(methods)
-        self.metadata = dict(metadata)
         self._source = source
 
     @property
     def concepts(self) -> tuple[str, ...]:
         """The concepts in map order; words of a prompt are known once it has been encoded."""
         return self._source.concepts
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What made the maps; how many words a prompt has, and with it whether a softmax, only the run tells."""
+        return self._source.metadata
 
     @property
     def coverage(self) -> dict[str, torch.Tensor]:
@@ -279,7 +287,8 @@ def load(path: str | os.PathLike[str]) -> ConceptMaps:
             raise ConceptMapsError(
                 f"{os.fspath(path)!r} has format {header['format']!r}; this version reads {_FORMAT!r}"
             )
-        return ConceptMaps(StoredMaps(tuple(header["concepts"]), tensors), header["methods"], header["metadata"])
+        stored = StoredMaps(tuple(header["concepts"]), tensors, dict(header["metadata"]))
+        return ConceptMaps(stored, header["methods"])
     except (ValueError, KeyError, TypeError) as error:
         raise ConceptMapsError(
             f"cannot read {os.fspath(path)!r} as concept maps: damaged metadata ({error!r})"
@@ -294,10 +303,12 @@ class StoredMaps:
         concepts: names in map order.
         tensors: per method a map `[batch, concept, frame, height, width]`, and under "coverage.<method>" a bool table
             `[step, layer]`.
+        metadata: what made them, JSON-compatible.
     """
 
     concepts: tuple[str, ...]
     tensors: dict[str, torch.Tensor]
+    metadata: dict[str, Any] = field(default_factory=dict)
 
     def read(self, method: str) -> torch.Tensor:
         """See `MapSource`."""

@@ -73,6 +73,7 @@ class CapturePlan:
         methods: by name, in the order asked for.
         steps: 0-based step indices, or a fraction `(start, stop)` of the schedule.
         branches: guidance branches to record.
+        normalize: as asked for; None is each method's default.
         parity: the official implementation to equal, None for none.
         reads: what concept tokens attend to.
         detail: axes to keep.
@@ -87,6 +88,7 @@ class CapturePlan:
     methods: dict[str, MethodPlan]
     steps: frozenset[int] | tuple[float, float]
     branches: tuple[str, ...]
+    normalize: str | None
     parity: Parity | None
     reads: str
     detail: tuple[str, ...]
@@ -103,6 +105,19 @@ class CapturePlan:
     def deepest(self) -> int:
         """The deepest layer that any method reads."""
         return max(max(plan.layers) for plan in self.methods.values())
+
+    def has_softmax(self, method: str) -> bool:
+        """Whether a softmax over the concepts is part of a method; over a single one it would be 1 everywhere."""
+        return self.methods[method].softmax and (self.parity is not None or len(self.names) != 1)
+
+    def check_words(self) -> None:
+        """The words of the prompt are known.
+
+        Raises:
+            ConceptMapsValueError: it is one word, and a softmax was asked for.
+        """
+        if self.normalize == "softmax" and self.parity is None:
+            _check_softmax(len(self.names))
 
     def includes(self, step: int, steps: int | None) -> bool:
         """Whether a step is recorded.
@@ -162,6 +177,7 @@ def make_plan(
         methods=methods,
         steps=steps,
         branches=("cond", "uncond") if request.branch == "both" else (request.branch,),
+        normalize=request.normalize,
         parity=parity,
         reads=request.reads,
         detail=detail,
@@ -320,8 +336,14 @@ def _rules(method: Method, request: Request, concepts: int | None, parity: Parit
                 f"and use normalize='none' or 'softmax'"
             )
         return parity.rules[method.name], normalize or parity.default_normalize
-    if normalize == "softmax" and concepts == 1:
-        raise ConceptMapsValueError("a softmax over a single concept is 1 everywhere; add a concept or use 'zscore'")
+    if normalize == "softmax":
+        _check_softmax(concepts)
     if normalize is None:
         normalize = "none" if concepts == 1 and method.default_normalize == "softmax" else method.default_normalize
     return Rules(standardize="clip" if normalize == "zscore" else "none", space=request.space), normalize
+
+
+def _check_softmax(concepts: int | None) -> None:
+    """Raise if there is one concept only; None is a number that only the run will tell."""
+    if concepts == 1:
+        raise ConceptMapsValueError("a softmax over a single concept is 1 everywhere; add a concept or use 'zscore'")

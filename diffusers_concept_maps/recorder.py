@@ -14,7 +14,7 @@ from diffusers_concept_maps.backbones import Backbone, Grid, Site
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
 from diffusers_concept_maps.heads import head_mask
 from diffusers_concept_maps.methods import LayerTaps
-from diffusers_concept_maps.plan import CapturePlan, MethodPlan
+from diffusers_concept_maps.plan import CapturePlan
 from diffusers_concept_maps.progress import Place, RunTracker
 from diffusers_concept_maps.prompt import TextRows
 from diffusers_concept_maps.results import Results
@@ -121,6 +121,7 @@ class Recorder:
             if self._words is None or self._words.weights.shape[0] != rows.stop - rows.start:
                 device = arguments["hidden_states"].device
                 self._words = self._plan.prompt.rows(rows.stop - rows.start, text_length, device)
+                self._plan.check_words()
             current.words = self._words
         self.results.expect(grid, {name: s.stop - s.start for name, s in branches.items()})
         self._pass = current
@@ -259,27 +260,26 @@ class Recorder:
                 continue
             if plan.heads not in masks:
                 masks[plan.heads] = head_mask(plan.heads, taps.image_output, taps.frames)
-            scores = self._finish(current, plan, taps, masks[plan.heads])
+            scores = self._finish(current, name, taps, masks[plan.heads])
             for branch, rows in current.branches.items():
                 self.results.add(branch, name, current.step, layer, scores[rows])
             if "head" in self._plan.detail:
-                self._score_heads(current, name, plan, layer, taps)
+                self._score_heads(current, name, layer, taps)
 
-    def _score_heads(self, current: _Pass, name: str, plan: MethodPlan, layer: int, taps: LayerTaps) -> None:
+    def _score_heads(self, current: _Pass, name: str, layer: int, taps: LayerTaps) -> None:
         """The map of every head by itself, whether the method would choose it or not."""
         for head in range(taps.image_query.shape[1]):
             only = taps.head(head)
-            scores = self._finish(current, plan, only, torch.ones_like(only.image_query[:, :, 0, 0]).float())
+            scores = self._finish(current, name, only, torch.ones_like(only.image_query[:, :, 0, 0]).float())
             for branch, rows in current.branches.items():
                 self.results.add_head(branch, name, current.step, layer, head, scores[rows])
 
-    def _finish(self, current: _Pass, plan: MethodPlan, taps: LayerTaps, heads: torch.Tensor) -> torch.Tensor:
+    def _finish(self, current: _Pass, name: str, taps: LayerTaps, heads: torch.Tensor) -> torch.Tensor:
         """Score, softmax and read-out of the concepts `[R, C, N]`."""
+        plan, softmax = self._plan.methods[name], self._plan.has_softmax(name)
         scores = plan.method.score(taps, heads, plan.rules)
-        parity = self._plan.parity
-        if parity is not None and plan.softmax:
+        if softmax and self._plan.parity is not None:
             weights = 0.0 if taps.multiplicity is None else taps.multiplicity.log()[:, None]
             scores = (scores + weights).softmax(1)
         scores = scores[:, : len(self._plan.names)] if current.words is None else current.words.merge(scores)
-        # Only the run tells how many words a prompt has; a softmax over one of them would be 1 everywhere.
-        return scores.softmax(1) if plan.softmax and parity is None and scores.shape[1] > 1 else scores
+        return scores.softmax(1) if softmax and self._plan.parity is None else scores

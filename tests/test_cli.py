@@ -198,7 +198,7 @@ def test_info(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_info_prints_nothing_that_steers_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tensors = {"m": torch.zeros(1, 1, 1, 2, 2), "coverage.m": torch.ones(1, 1, dtype=torch.bool)}
-    maps = dcm.ConceptMaps(StoredMaps(("a\x1b[31m",), tensors), ["m"], {"model": "b\x1b[0m"})
+    maps = dcm.ConceptMaps(StoredMaps(("a\x1b[31m",), tensors, {"model": "b\x1b[0m"}), ["m"])
     maps.save(tmp_path / "maps.safetensors")
     assert cli.main(["info", str(tmp_path / "maps.safetensors")]) == 0
     out = capsys.readouterr().out

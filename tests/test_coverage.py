@@ -186,8 +186,9 @@ def test_saved_and_loaded(branch: str, tmp_path: Path) -> None:
 class Fixed:
     """Maps that are given."""
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+    def __init__(self, tensor: torch.Tensor, metadata: dict[str, Any]) -> None:
         self.tensor = tensor
+        self.metadata = metadata
         self.concepts = tuple(f"concept {i}" for i in range(tensor.shape[1]))
 
     def read(self, method: str) -> torch.Tensor:
@@ -197,7 +198,7 @@ class Fixed:
 
 
 def maps_of(tensor: torch.Tensor, **metadata: Any) -> ConceptMaps:
-    return ConceptMaps(Fixed(tensor), ("imap",), metadata)
+    return ConceptMaps(Fixed(tensor, metadata), ("imap",))
 
 
 def test_segments_are_the_strongest_concepts() -> None:

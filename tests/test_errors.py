@@ -265,7 +265,7 @@ def test_what_was_not_captured(pipe: CogVideoXPipeline) -> None:
 
 def stored_maps() -> ConceptMaps:
     tensors = {"imap": torch.zeros(1, 1, 3, 4, 5), "coverage.imap": torch.ones(1, 1, dtype=torch.bool)}
-    return ConceptMaps(StoredMaps(("dog",), tensors), ["imap"], {})
+    return ConceptMaps(StoredMaps(("dog",), tensors), ["imap"])
 
 
 @pytest.mark.parametrize(("size", "frames"), [((0, 8), 9), ((8, -1), 9), ((8, 8), 0)])

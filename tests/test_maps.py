@@ -29,7 +29,7 @@ TENSORS = {
 def made(tensors: dict[str, torch.Tensor], concepts: Sequence[str] = CONCEPTS, metadata: Any = None) -> ConceptMaps:
     """Maps of one step and layer."""
     coverage = {f"coverage.{name}": torch.ones(1, 1, dtype=torch.bool) for name in tensors}
-    return ConceptMaps(StoredMaps(tuple(concepts), tensors | coverage), tuple(tensors), metadata or {})
+    return ConceptMaps(StoredMaps(tuple(concepts), tensors | coverage, metadata or {}), tuple(tensors))
 
 
 def make_maps() -> ConceptMaps:

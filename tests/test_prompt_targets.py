@@ -148,7 +148,27 @@ def test_one_word_has_no_softmax() -> None:
     for concepts in (["dog"], None):
         with variants.recorded_calls(pipe.transformer) as calls, dcm.trace(pipe, concepts, target="prompt") as maps:
             call(pipe, "dog")
-        variants.assert_close(maps.get(), expected(pipe, calls, slice(1, 2), [[[0]]], "concept_attention", "none"))
+            variants.assert_close(maps.get(), expected(pipe, calls, slice(1, 2), [[[0]]], "concept_attention", "none"))
+            assert maps.metadata["methods"]["concept_attention"]["normalize"] == "none"
+            if concepts is None:
+                call(pipe, "dog sky")
+                assert maps.metadata["methods"]["concept_attention"]["normalize"] == "softmax"
+
+
+def test_a_softmax_that_was_asked_for_is_refused_for_one_word() -> None:
+    """As for concepts, and as soon as it can be known."""
+    message = "^a softmax over a single concept is 1 everywhere; add a concept or use 'zscore'$"
+    with dcm.trace(pipeline(), target="prompt", normalize="softmax") as maps:
+        call(pipeline(), "dog sky")
+        two_words = maps.get().clone()
+        with pytest.raises(dcm.ConceptMapsValueError, match=message):
+            call(pipeline(), "dog")
+    torch.testing.assert_close(two_words.sum(1), torch.ones(1, *tiny.GRID))
+    with (
+        pytest.raises(dcm.ConceptMapsValueError, match=message),
+        dcm.trace(pipeline(), target="prompt", prompt_tokens={"dog": [0]}, normalize="softmax"),
+    ):
+        pass
 
 
 def test_negative_prompts_and_another_length() -> None:
