@@ -257,7 +257,7 @@ class _BranchView:
             name: entry | {"normalize": _normalization(self.plan, name)}
             for name, entry in self.known["methods"].items()
         }
-        return self.known | {"methods": methods}
+        return self.known | {"branch": self.branch, "methods": methods}
 
     def read(self, method: str) -> torch.Tensor:
         return self.results.read(self.branch, method)
@@ -273,20 +273,29 @@ def _metadata(backbone: Backbone, transformer: Any, plan: CapturePlan) -> dict[s
     """What made the maps, for `ConceptMaps.metadata`, as far as it does not depend on the run."""
     return {
         "transformer": type(transformer).__name__,
+        "preset": {"name": plan.preset.name, "source": plan.preset.source} if plan.preset else None,
         "target": "concepts" if plan.prompt is None else "prompt",
+        "token_policy": plan.token_policy,
         "parity": plan.parity.name if plan.parity else None,
         "reads": plan.reads,
         "steps": sorted(plan.steps) if isinstance(plan.steps, frozenset) else list(plan.steps),
         "methods": {
             name: {
                 "layers": sorted(method.layers),
-                "heads": str(method.heads) if isinstance(method.heads, HeadSelection) else method.heads,
+                "heads": _described(method.heads),
                 "space": method.rules.space,
             }
             for name, method in plan.methods.items()
         },
         **backbone.geometry(transformer),
     }
+
+
+def _described(heads: HeadSelection | tuple[int, ...] | None) -> str | list[int] | None:
+    """Heads as JSON has them, so that a loaded file says the same."""
+    if isinstance(heads, HeadSelection):
+        return str(heads)
+    return None if heads is None else list(heads)
 
 
 def _normalization(plan: CapturePlan, method: str) -> str:

@@ -53,7 +53,6 @@ class ConceptMaps:
     Attributes:
         concepts: the concepts in map order.
         methods: the methods in the order asked for; the first one is the default of `maps[concept]`.
-        metadata: what made the maps (model class, layers, heads, normalization, ...), JSON-compatible.
 
     Example:
         >>> maps.get("imap").shape          # [batch, concept, frame, height, width]
@@ -72,7 +71,10 @@ class ConceptMaps:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What made the maps; how many words a prompt has, and with it whether a softmax, only the run tells."""
+        """What made the maps (model class, layers, heads, normalization, ...), JSON-compatible.
+
+        Complete once the pipeline has run: only then it is known how many words a prompt has.
+        """
         return self._source.metadata
 
     @property

@@ -69,8 +69,10 @@ class CapturePlan:
     Attributes:
         concepts: names, in map order; None where they are the words of a prompt that is not known yet.
         embeds: `[concept, width]` or `[batch, concept, width]` in text-encoder space; None for `target="prompt"`.
+        token_policy: how the tokens of a concept became one embedding; None where no concept was encoded.
         prompt: where the words of the prompt are; None for `target="concepts"`.
         methods: by name, in the order asked for.
+        preset: the checkpoint's, where layers, heads or steps were left to it; None otherwise.
         steps: 0-based step indices, or a fraction `(start, stop)` of the schedule.
         branches: guidance branches to record.
         normalize: as asked for; None is each method's default.
@@ -84,8 +86,10 @@ class CapturePlan:
 
     concepts: tuple[str, ...] | None
     embeds: torch.Tensor | None
+    token_policy: str | None
     prompt: PromptTokens | None
     methods: dict[str, MethodPlan]
+    preset: Preset | None
     steps: frozenset[int] | tuple[float, float]
     branches: tuple[str, ...]
     normalize: str | None
@@ -159,13 +163,14 @@ def make_plan(
     method_names = _check_methods(request.methods)
     _check_choices(request, method_names)
     names, prompt = _targets(pipe, transformer, backbone, concepts, request, parity)
-    preset = backbone.preset(transformer) or Preset(name="", source="everything", config={})
-    model = _Model(len(backbone.sites(transformer)), backbone.heads(transformer), preset)
+    preset = backbone.preset(transformer)
+    defaults = preset or Preset(name="", source="everything", config={})
+    model = _Model(len(backbone.sites(transformer)), backbone.heads(transformer), defaults)
     count = None if names is None else len(names)
     methods = {name: _method_plan(name, request, count, parity, model) for name in method_names}
-    steps = preset.steps if request.steps is None else _indices("step", request.steps, None)
+    steps = defaults.steps if request.steps is None else _indices("step", request.steps, None)
     detail = check_axes(request.detail)
-    embeds = request.concept_embeds
+    embeds, policy = request.concept_embeds, None
     if embeds is None and prompt is None:
         assert names is not None  # only a prompt names its words later
         policy, length = (TOKEN_POLICY, CONCEPT_LENGTH) if parity else (request.token_policy, None)
@@ -173,8 +178,10 @@ def make_plan(
     return CapturePlan(
         concepts=names,
         embeds=None if embeds is None else embeds.detach(),
+        token_policy=policy,
         prompt=prompt,
         methods=methods,
+        preset=preset if None in (request.layers, request.heads, request.steps) else None,
         steps=steps,
         branches=("cond", "uncond") if request.branch == "both" else (request.branch,),
         normalize=request.normalize,

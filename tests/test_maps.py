@@ -89,6 +89,37 @@ def test_a_captured_file_says_what_made_it(tmp_path: Path) -> None:
     assert torch.equal(loaded.get("imap"), maps.get("imap"))
 
 
+SELECTION = dcm.HeadSelection(top_k=2)
+
+
+@pytest.mark.parametrize(("heads", "stored"), [(None, None), ([3, 1], [1, 3]), (SELECTION, str(SELECTION))])
+def test_a_loaded_file_has_the_same_metadata(heads: Any, stored: Any, tmp_path: Path) -> None:
+    pipe = tiny_cogvideox.make_pipeline()
+    with dcm.trace(pipe, ["dog", "sky"], heads=heads, branch="both", token_policy="last") as maps:
+        tiny_cogvideox.call(pipe)
+    for branch, of_branch in maps.items():
+        of_branch.save(tmp_path / "maps.safetensors")
+        loaded = dcm.load(tmp_path / "maps.safetensors").metadata
+        assert loaded == of_branch.metadata
+        assert (loaded["branch"], loaded["token_policy"], loaded["preset"]) == (branch, "last", None)
+        assert loaded["methods"]["concept_attention"]["heads"] == stored
+
+
+@pytest.mark.parametrize(
+    ("options", "policy"),
+    [
+        ({}, "mean"),
+        ({"parity": "imap"}, "first"),
+        ({"concept_embeds": torch.zeros(2, 32)}, None),
+        ({"target": "prompt"}, None),
+    ],
+)
+def test_the_token_policy_is_the_one_that_was_used(options: dict[str, Any], policy: str | None) -> None:
+    with dcm.trace(tiny_cogvideox.make_pipeline(), ["dog", "sky"], methods=["imap"], **options) as maps:
+        pass
+    assert maps.metadata["token_policy"] == policy
+
+
 def test_maps_that_are_not_contiguous_are_saved(tmp_path: Path) -> None:
     tensor = TENSORS["imap"].transpose(3, 4)
     made({"imap": tensor}).save(tmp_path / "maps.safetensors")

@@ -90,6 +90,16 @@ def test_steps_of_a_preset_are_those_recorded(preset: Preset) -> None:
     assert maps.coverage["concept_attention"].any(1).tolist() == [False, False, True, True]
 
 
+@pytest.mark.parametrize("left", ["layers", "heads", "steps"])
+def test_metadata_names_a_preset_that_chose_something(preset: Preset, left: str) -> None:
+    transformer = tiny_cogvideox.make_transformer()
+    named = {name: [0] for name in ("layers", "heads", "steps")}
+    with dcm.trace(transformer, concept_embeds=torch.zeros(2, 32), **named) as maps:
+        assert maps.metadata["preset"] is None
+    with dcm.trace(transformer, concept_embeds=torch.zeros(2, 32), **named | {left: None}) as maps:
+        assert maps.metadata["preset"] == {"name": "tiny", "source": "this test"}
+
+
 def test_published_presets_name_layers_that_exist() -> None:
     for preset in CogVideoXBackbone.presets:
         layers = preset.config["num_layers"]
