@@ -32,9 +32,11 @@ class CaptureHandle:
         maps: the maps per guidance branch, filled while the transformer runs.
     """
 
-    def __init__(self, plan: CapturePlan, recorder: Recorder, transformer: Any, sites: list[Site]) -> None:
+    def __init__(
+        self, plan: CapturePlan, recorder: Recorder, backbone: Backbone, transformer: Any, sites: list[Site]
+    ) -> None:
         """Attach; whatever fails on the way, everything done so far is undone."""
-        metadata = _metadata(find_backbone(transformer), transformer, plan)
+        metadata = _metadata(backbone, transformer, plan)
         self.maps = {
             branch: ConceptMaps(_BranchView(plan, recorder.results, branch, metadata), tuple(plan.methods))
             for branch in plan.branches
@@ -114,7 +116,7 @@ def attach(pipe_or_transformer: Any, concepts: Sequence[str] | None = None, **op
     sites = backbone.sites(transformer)
     _check_free(transformer, sites)
     plan = make_plan(pipe, transformer, backbone, concepts, request)
-    return CaptureHandle(plan, Recorder(plan, backbone, transformer, sites, pipe), transformer, sites)
+    return CaptureHandle(plan, Recorder(plan, backbone, transformer, sites, pipe), backbone, transformer, sites)
 
 
 @contextmanager
