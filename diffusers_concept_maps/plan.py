@@ -202,6 +202,12 @@ def _once(indices: Any) -> Any:
 def _check_choices(request: Request, method_names: Sequence[str]) -> None:
     """Raise unless every option that has a fixed set of values has one of them."""
     check_token_policy(request.token_policy)
+    if request.token_policy != "mean" and (request.target == "prompt" or request.concept_embeds is not None):
+        given = "concept_embeds are given" if request.target == "concepts" else "words of the prompt are the targets"
+        raise ConceptMapsValueError(
+            f"token_policy is {request.token_policy!r}, but it joins the tokens of concepts that are encoded, and "
+            f"here {given}; leave it out"
+        )
     for name, allowed in {"branch": BRANCHES, "target": TARGETS, "space": SPACES, "reads": READS}.items():
         if getattr(request, name) not in allowed:
             raise ConceptMapsValueError(

@@ -138,6 +138,11 @@ def test_concept_embeds(pipe: CogVideoXPipeline, embeds: torch.Tensor, concepts:
     refuse(message, pipe, concepts, concept_embeds=embeds)
 
 
+def test_a_token_policy_for_given_embeddings(pipe: CogVideoXPipeline) -> None:
+    message = "^token_policy is 'last', but it joins the tokens .*, and here concept_embeds are given; leave it out$"
+    refuse(message, pipe, token_policy="last", concept_embeds=torch.zeros(2, 32))
+
+
 def test_a_bare_transformer_needs_embeddings(pipe: CogVideoXPipeline) -> None:
     refuse("^a bare transformer has no text encoder; pass concept_embeds", pipe.transformer)
 

@@ -353,6 +353,10 @@ def test_a_prompt_without_words(prompt: str) -> None:
         ({"concepts": []}, "no concepts"),
         ({"concepts": "dog"}, "concepts is the string 'dog'"),
         ({"reads": "image"}, "reads is 'image'"),
+        (
+            {"token_policy": "first"},
+            "^token_policy is 'first', but .* words of the prompt are the targets; leave it out",
+        ),
     ],
 )
 def test_arguments_that_do_not_fit(options: dict[str, Any], message: str) -> None:
