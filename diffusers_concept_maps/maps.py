@@ -289,6 +289,11 @@ def load(path: str | os.PathLike[str]) -> ConceptMaps:
             raise ConceptMapsError(
                 f"{os.fspath(path)!r} has format {header['format']!r}; this version reads {_FORMAT!r}"
             )
+        missing = [name for m in header["methods"] for name in (m, f"coverage.{m}") if name not in tensors]
+        if missing:
+            raise ConceptMapsError(
+                f"{os.fspath(path)!r} lacks the tensors {', '.join(missing)} that its header names; save the maps anew"
+            )
         stored = StoredMaps(tuple(header["concepts"]), tensors, dict(header["metadata"]))
         return ConceptMaps(stored, header["methods"])
     except (ValueError, KeyError, TypeError) as error:

@@ -307,6 +307,16 @@ def test_load(tmp_path: Path) -> None:
     refused(other, "is a safetensors file without concept maps; expected one written by ConceptMaps.save$")
     save_file({"imap": torch.zeros(1)}, other, metadata={"concept_maps": json.dumps({"format": "else/9"})})
     refused(other, "has format 'else/9'; this version reads 'diffusers_concept_maps/1'$")
+    header = {
+        "format": "diffusers_concept_maps/1",
+        "methods": ["imap", "gramcol"],
+        "concepts": ["dog"],
+        "metadata": {},
+    }
+    save_file(
+        {"imap": torch.zeros(1), "coverage.gramcol": torch.zeros(1)}, other, {"concept_maps": json.dumps(header)}
+    )
+    refused(other, "lacks the tensors coverage.imap, gramcol that its header names; save the maps anew$")
 
 
 def test_a_backbone_for_a_class_that_has_one() -> None:
