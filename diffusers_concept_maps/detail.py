@@ -8,6 +8,7 @@ import shutil
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -131,11 +132,25 @@ def _create(path: Path, shapes: Mapping[str, tuple[int, ...]], header: str) -> d
         offset = end
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)  # safetensors wants the data aligned
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + offset)
     start = 8 + len(text)
+    with path.open("wb") as file:
+        _reserve(file, start + offset)
+        file.write(struct.pack("<Q", len(text)) + text)
     return {
         name: np.memmap(path, np.float32, "r+", offset=start + begins[name], shape=shape)
         for name, shape in shapes.items()
     }
+
+
+def _reserve(file: BinaryIO, size: int) -> None:
+    """Take the room of a file now, where the system can: through a memory map a full disk would end the process."""
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            file.truncate(size)
+    except OSError as error:
+        raise ConceptMapsError(
+            f"cannot reserve {size / 1e9:.1f} GB for the maps of every kept axis in {str(Path(file.name).parent)!r}: "
+            f"{error.strerror}; keep fewer axes, layers or steps, or use another folder"
+        ) from error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import shutil
 from collections import namedtuple
 from collections.abc import Sequence
@@ -182,6 +184,41 @@ def test_a_file_that_cannot_be_made_leaves_nothing(tmp_path: Path, monkeypatch: 
     ):
         call(pipeline())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_room_is_taken_at_the_start(tmp_path: Path) -> None:
+    """A sparse file would meet a full disk in the middle of a run, through the memory map."""
+    sizes: list[os.stat_result] = []
+
+    def look_and_stop(pipe: Any, *args: Any) -> dict[str, Any]:
+        sizes.append(next(tmp_path.iterdir()).stat())
+        pipe._interrupt = True
+        return {}
+
+    with dcm.trace(pipeline(), CONCEPTS, detail=("layer", "step", "head"), detail_path=tmp_path / "maps"):
+        call(pipeline(), callback_on_step_end=look_and_stop, num_inference_steps=20)
+    (size,) = sizes
+    assert size.st_blocks * 512 >= size.st_size > 200_000
+
+
+def test_a_disk_that_is_full_is_told_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(descriptor: int, offset: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", fail, raising=False)
+    message = rf"^cannot reserve 0\.0 GB .* in '{tmp_path}': No space left on device; keep fewer axes, layers or steps"
+    with (
+        pytest.raises(dcm.ConceptMapsError, match=message),
+        dcm.trace(pipeline(), CONCEPTS, detail=("layer",), detail_path=tmp_path / "maps"),
+    ):
+        call(pipeline())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_system_that_cannot_reserve_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    maps = traced(("layer", "step"), tmp_path / "maps")
+    assert torch.equal(maps.detail(), traced(("layer", "step")).detail())
 
 
 @pytest.mark.parametrize("streamed", [False, True])
