@@ -52,7 +52,7 @@ class Results:
             self._restart()
         self._grid = grid
         if self._plan.detail and self._detail is None:
-            self._detail = self._start_detail(rows)
+            self._detail = self._start_detail(next(iter(rows.values())))  # branches are of the same videos
 
     def add(self, branch: str, method: str, step: int, layer: int, scores: torch.Tensor) -> None:
         """Add the map `[row, concept, token]` of one layer and step."""
@@ -133,14 +133,15 @@ class Results:
             )
         return accumulator
 
-    def _start_detail(self, rows: dict[str, int]) -> DetailMaps:
+    def _start_detail(self, rows: int) -> DetailMaps:
+        """Room for every branch of the plan: the first pass may have one only, and a later one the other as well."""
         grid, kept = (self._grid.frames, self._grid.height, self._grid.width), {}
         steps = self._recorded_steps() if "step" in self._plan.detail else []
         for method, plan in self._plan.methods.items():
             sizes = {"layer": len(plan.layers), "step": len(steps), "head": self._plan.head_count}
             axes = tuple(sizes[axis] for axis in self._plan.detail)
-            for branch, count in rows.items():
-                kept[_tensor_name(branch, method)] = (*axes, count, len(self._plan.names), *grid)
+            for branch in self._plan.branches:
+                kept[_tensor_name(branch, method)] = (*axes, rows, len(self._plan.names), *grid)
         header = {
             "format": _FORMAT,
             "axes": [*self._plan.detail, "row", "concept", "frame", "height", "width"],

@@ -13,7 +13,7 @@ import naive_variants as variants
 import pytest
 import torch
 from backbones import tiny_cogvideox as tiny
-from diffusers import CogVideoXPipeline, FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
+from diffusers import CogVideoXPipeline, FasterCacheConfig, FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 from safetensors.torch import load_file
 
 import diffusers_concept_maps as dcm
@@ -245,6 +245,35 @@ def test_what_a_cache_skips_is_nan(name: str) -> None:
         assert torch.equal(maps.coverage[method], computed)
         mean = maps.detail(method).flatten(0, 1).nanmean(0)
         torch.testing.assert_close(mean, maps.get(method), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_cache_that_leaves_the_unconditional_rows_out_of_the_first_step(streamed: bool, tmp_path: Path) -> None:
+    pipe = tiny.make_pipeline()
+    pipe.transformer.enable_cache(
+        FasterCacheConfig(
+            spatial_attention_block_skip_range=2,
+            spatial_attention_timestep_skip_range=(-1, 0),
+            unconditional_batch_skip_range=2,
+            unconditional_batch_timestep_skip_range=(-1, 901),
+            tensor_format="BFCHW",
+            attention_weight_callback=lambda _: 0.3,
+            current_timestep_callback=lambda: pipe.current_timestep,
+        )
+    )
+    frames = call(pipe, num_inference_steps=8)
+    with dcm.trace(pipe, CONCEPTS, branch="both") as every_step:
+        call(pipe, num_inference_steps=8)
+    halved = ~every_step["uncond"].coverage["concept_attention"].any(1)
+    first = int(halved.nonzero()[0])  # the one after it is whole
+    options: dict[str, Any] = {"steps": [first, first + 1], "detail_path": tmp_path / "maps" if streamed else None}
+    with dcm.trace(pipe, CONCEPTS, branch="both", detail=("step",), **options) as maps:
+        assert torch.equal(call(pipe, num_inference_steps=8), frames)
+    kept = {branch: of_branch.detail() for branch, of_branch in maps.items()}
+    assert kept["uncond"].isnan().flatten(1).all(1).tolist() == [True, False]
+    assert not kept["cond"].isnan().any()
+    for branch, of_branch in maps.items():
+        torch.testing.assert_close(kept[branch].nanmean(0), of_branch.get(), rtol=1e-5, atol=1e-6)
 
 
 def test_steps_after_an_interruption_are_nan() -> None:
