@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import textwrap
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image
 from diffusers_concept_maps.errors import ConceptMapsValueError
 from diffusers_concept_maps.upsample import upsample_map
 from diffusers_concept_maps.visualize import require
+from diffusers_concept_maps.visualize.fonts import legible
 from diffusers_concept_maps.visualize.overlay import as_pictures, colorize, normalized, scale_of
 
 _CELL, _LABEL, _LEGEND, _HEADING, _LOWEST = 1.1, 1.35, 0.95, 0.22, 0.44  # inches
@@ -27,7 +29,8 @@ def contact_sheet(
 
     Every row has one color scale, from the lowest to the highest score of that concept over the whole clip, with a
     legend at its end. Of a longer clip evenly spaced frames are shown; their numbers stand above the columns, and the
-    label of the first row says how many of how many they are.
+    label of the first row says how many of how many they are. Characters that no installed font has are shown as their
+    codes, with a warning.
 
     Args:
         frames: as for `overlay.as_pictures`.
@@ -52,13 +55,14 @@ def contact_sheet(
     pictures = as_pictures(frames)
     shown = np.linspace(0, len(pictures) - 1, min(columns, len(pictures))).round().astype(int)
     width, height = pictures[0].size
-    sheet = _Sheet(len(concepts) + 1, len(shown), height / width, title)
+    (title, *names), fonts = legible([title, *concepts])
+    sheet = _Sheet(len(concepts) + 1, len(shown), height / width, title, fonts)
     sheet.label(0, "video" if len(shown) == len(pictures) else f"video, {len(shown)} of {len(pictures)} frames")
     for column, index in enumerate(shown):
         sheet.cell(0, column, np.asarray(pictures[index])).set_title(f"frame {index}", fontsize=7, pad=2)
-    for row, (concept, concept_map) in enumerate(zip(concepts, maps.float().cpu(), strict=True), start=1):
+    for row, (name, concept_map) in enumerate(zip(names, maps.float().cpu(), strict=True), start=1):
         scores = upsample_map(normalized(concept_map), (height, width), len(pictures))[shown]
-        sheet.label(row, concept)
+        sheet.label(row, name)
         for column, score in enumerate(scores.numpy()):
             sheet.cell(row, column, colorize(score))
         sheet.legend(row, *scale_of(concept_map))
@@ -68,15 +72,16 @@ def contact_sheet(
 class _Sheet:
     """A figure of equal cells with room for labels on the left, legends on the right and a title on top."""
 
-    def __init__(self, rows: int, columns: int, aspect: float, title: str) -> None:
+    def __init__(self, rows: int, columns: int, aspect: float, title: str, fonts: list[str]) -> None:
         self._width = _LABEL + _CELL * columns + _LEGEND
         self._row = max(_CELL * aspect, _LOWEST)
-        heading = textwrap.fill(_plain(title), int(self._width / 0.075))
+        heading = textwrap.fill(title, _letters(title, int(self._width / 0.075)))
         self._top = _LINE * (heading.count("\n") + 1) + _HEADING
         self._height = self._top + self._row * rows + 0.1
         size = (self._width, self._height)
         self._figure = require("matplotlib.figure").Figure(figsize=size, dpi=110, facecolor="white")
-        self._figure.text(0.1 / self._width, 1 - 0.06 / self._height, heading, va="top", fontsize=9, parse_math=False)
+        self._style = {"fontsize": 9, "fontfamily": fonts, "parse_math": False}
+        self._figure.text(0.1 / self._width, 1 - 0.06 / self._height, heading, va="top", **self._style)
 
     def _bottom(self, row: int) -> float:
         return 1 - (self._top + self._row * (row + 1)) / self._height
@@ -84,8 +89,10 @@ class _Sheet:
     def label(self, row: int, text: str) -> None:
         """As many lines as the row has room for; cells lie above, so that a wide label never covers them."""
         middle = self._bottom(row) + self._row / self._height / 2
-        lines = textwrap.wrap(_plain(text), 16, max_lines=int(self._row / _LINE), placeholder=" ...")
-        style = {"fontsize": 9, "weight": "bold", "linespacing": 1.1, "zorder": -1, "parse_math": False}
+        lines = textwrap.wrap(text, _letters(text, 16), max_lines=int(self._row / _LINE), placeholder=" ...")
+        usual = self._style["fontfamily"] == list(require("matplotlib").rcParams["font.family"])
+        weight = "bold" if usual else "normal"  # of another font there may be no bold one
+        style = self._style | {"weight": weight, "linespacing": 1.1, "zorder": -1}
         self._figure.text(0.1 / self._width, middle, "\n".join(lines), va="center", **style)
 
     def cell(self, row: int, column: int, pixels: np.ndarray) -> Any:
@@ -115,9 +122,9 @@ class _Sheet:
         return Image.open(buffer).convert("RGB")
 
 
-def _plain(text: str) -> str:
-    """Text without the control characters that no font has a glyph for."""
-    return "".join(character if character.isprintable() else " " for character in text)
+def _letters(text: str, room: int) -> int:
+    """How many letters of a text there is room for, of which that many Latin ones would fit."""
+    return room // 2 if any(unicodedata.east_asian_width(letter) in "WF" for letter in text) else room
 
 
 def _numbers(values: Sequence[float]) -> list[str]:
