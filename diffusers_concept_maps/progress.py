@@ -1,7 +1,7 @@
 """Where a forward pass stands in a run: its denoising step and the rows of its guidance branches.
 
-Everything is read from the pipeline, nothing is changed in it and no tensor value is looked at, so that a device never
-waits for the host.
+Everything is read from the pipeline and nothing is changed in it. No tensor value is looked at, so that a device never
+waits for the host, unless the pipeline hands its transformer copies of timesteps: then one number per forward pass is.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from diffusers_concept_maps.backbones import Backbone
+from diffusers_concept_maps.errors import ConceptMapsError
 
 
 @dataclass(frozen=True)
@@ -22,19 +25,23 @@ class Place:
         steps: number of steps of the run, None where only the transformer is known.
         starts_run: this is the first forward pass of a run.
         rows: number of videos of the run.
+        branch: the guidance branch that it is, where each has a forward pass of its own; None where they share one.
     """
 
     step: int
     steps: int | None
     starts_run: bool
     rows: int
+    branch: str | None = None
 
     def branches(self, batch: int) -> Mapping[str, slice]:
-        """Rows of a batch per guidance branch, "cond" and, under batched guidance, "uncond".
+        """Rows of a batch per guidance branch, "cond" and "uncond" or one of them.
 
         Batched guidance puts the unconditional half first; once guidance is off, or a cache leaves that half out,
         there is none.
         """
+        if self.branch is not None:
+            return {self.branch: slice(0, batch)}
         if batch == 2 * self.rows:
             return {"uncond": slice(0, self.rows), "cond": slice(self.rows, batch)}
         return {"cond": slice(0, batch)}
@@ -43,20 +50,37 @@ class Place:
 class RunTracker:
     """Follows the runs of one pipeline, or counts the forward passes of a bare transformer.
 
-    A pipeline writes the timestep it works on into `_current_timestep` and clears it at the end, and its scheduler
-    gets a new `timesteps` tensor at the start of every run: the identities of the two objects tell step and run. The
-    timestep that the transformer is given is a view of the former. It is not in a forward pass that another pipeline
-    makes with the same transformer, even if a run that raised has left `_current_timestep` behind. A pipeline that
-    does not write it (ConsisID) is known by its timesteps, which are views of its scheduler's; it must then not
-    share the scheduler with another pipeline of the same transformer.
+    A pipeline's scheduler gets a new `timesteps` tensor at the start of every run, and most pipelines write the
+    timestep they work on, a new object in every step, into `_current_timestep` and clear it at the end: the identities
+    of these objects tell run and step. Which forward passes are the pipeline's own, and no other pipeline's with the
+    same transformer, the timestep tells that the transformer is given:
+
+    - It is a view of what the pipeline has written, even if a run that raised has left that behind, or of the
+      scheduler's timesteps where the pipeline writes nothing (ConsisID); such a pipeline must not share its scheduler
+      with another one of the same transformer.
+    - Or it is a copy, of another scale or dtype: then it must have the value that `Backbone.timesteps` gives for the
+      current step or, where the pipeline writes nothing, for this step or the next. Whatever else a new step begins
+      with is an error, since its place would be a guess.
+
+    Where a guided step has two forward passes, the conditional one is the first.
     """
 
-    def __init__(self, pipe: Any | None) -> None:
-        """Assign only; `pipe` is None for a bare transformer."""
-        self._pipe = pipe
-        self._timestep: object = None
+    def __init__(self, pipe: Any | None, backbone: Backbone) -> None:
+        """Nothing has run yet.
+
+        Args:
+            pipe: the pipeline; None for a bare transformer.
+            backbone: of its transformer.
+        """
+        self._pipe: Any = pipe
+        self._backbone = backbone
+        self._writes = hasattr(type(pipe), "current_timestep")
+        self._left = None if pipe is None else self._own()  # by an earlier run: it stands for no step of ours
         self._schedule: object = None
+        self._current: object = None  # kept, so that no other object gets the id in the mark
+        self._mark: tuple[int, int] | None = None
         self._step = -1
+        self._passes = 0
         self._rows = 0
 
     def locate(self, batch: int, timestep: object) -> Place | None:
@@ -65,30 +89,93 @@ class RunTracker:
         Args:
             batch: its batch size.
             timestep: what the transformer was given as such.
+
+        Raises:
+            ConceptMapsError: the pipeline makes it, but its place cannot be told.
         """
         if self._pipe is None:
             self._step += 1
             return Place(self._step, None, self._step == 0, batch)
-        current = _current(self._pipe, timestep)
-        if current is None or current is self._timestep:
+        own = self._own()
+        if not isinstance(own, torch.Tensor) or not isinstance(timestep, torch.Tensor):
             return None
-        self._timestep = current
+        mark = self._mark_of(own, timestep)
+        if mark is None:
+            return None
+        if mark == self._mark:
+            return self._further_pass()
+        self._mark, self._current, self._passes = mark, own, 1
         schedule = self._pipe.scheduler.timesteps
         starts_run = schedule is not self._schedule
+        batched = self._backbone.batched_guidance
         if starts_run:
             self._schedule, self._step = schedule, -1
             # Read once: dynamic guidance changes the scale during the run, the layout of the batch stays.
-            self._rows = batch // 2 if self._pipe.guidance_scale > 1 else batch
+            self._rows = batch // 2 if batched and self._pipe.guidance_scale > 1 else batch
         self._step += 1
-        return Place(self._step, int(self._pipe.num_timesteps), starts_run, self._rows)
+        return self._place(starts_run, None if batched else "cond")
+
+    def _place(self, starts_run: bool, branch: str | None) -> Place:
+        return Place(self._step, int(self._pipe.num_timesteps), starts_run, self._rows, branch)
+
+    def _own(self) -> object:
+        """What the pipeline writes its timestep into; what its timesteps are taken from, if it does not."""
+        return getattr(self._pipe, "_current_timestep", None) if self._writes else self._pipe.scheduler.timesteps
+
+    def _further_pass(self) -> Place | None:
+        """Another pass in the same step: of guidance in two passes, or of somebody else."""
+        if self._backbone.batched_guidance:
+            return None
+        self._passes += 1
+        if self._passes > 2:
+            raise ConceptMapsError(
+                f"step {self._step} has more than two forward passes, where guidance has a conditional and an "
+                f"unconditional one; use the transformer for nothing else while the pipeline runs"
+            )
+        return self._place(starts_run=False, branch="uncond")
+
+    def _mark_of(self, own: torch.Tensor, timestep: torch.Tensor) -> tuple[int, int] | None:
+        """What all passes of a step have in common and those of no other; None if the pipeline does not make it."""
+        if _share(own, timestep):
+            return id(own), 0 if self._writes else timestep.data_ptr()
+        if own is self._left:
+            return None
+        schedule: torch.Tensor = self._pipe.scheduler.timesteps
+        handed = self._backbone.timesteps(schedule.to(timestep.device), timestep.dtype)
+        if handed is None:
+            return None
+        # Where tokens have timesteps of their own, the largest: frames that are given have smaller ones.
+        found = (handed == timestep.amax()).nonzero().flatten().tolist()
+        return self._check_written(own, schedule, found) if self._writes else self._check_next(schedule, found)
+
+    def _check_written(self, own: torch.Tensor, schedule: torch.Tensor, found: list[int]) -> tuple[int, int] | None:
+        """The timestep handed over has to be the one that the pipeline has written, at one of the places `found`."""
+        place = (own.storage_offset() - schedule.storage_offset()) // schedule.stride(0)
+        if place in found if _share(own, schedule) else found:
+            return id(own), 0
+        if own is self._current:  # the step has begun: this is somebody else's pass
+            return None
+        raise self._unknown("is not the one it has written")
+
+    def _check_next(self, schedule: torch.Tensor, found: list[int]) -> tuple[int, int] | None:
+        """The timestep handed over has to be that of the current step or of the next, and of no other."""
+        if schedule is self._schedule and self._mark is not None:
+            if not found:
+                return None
+            found = [place for place in found if place - self._mark[1] in (0, 1)]
+        if len(found) != 1:
+            raise self._unknown("is not that of one step alone, the current or the next")
+        return id(schedule), found[0]
+
+    def _unknown(self, what: str) -> ConceptMapsError:
+        last = f"after step {self._step}" if self._step >= 0 else "at the start of a run"
+        return ConceptMapsError(
+            f"the timestep that {type(self._pipe).__name__} hands to its transformer {last} {what}, so that its step "
+            f"cannot be told. Use the transformer for nothing else while the pipeline runs, and fewer steps or "
+            f"float32 where timesteps are rounded to the same number; or trace the transformer itself"
+        )
 
 
-def _current(pipe: Any, timestep: object) -> object:
-    """An object that stands for the timestep the pipeline works on, None if it is not the one that runs."""
-    writes = hasattr(type(pipe), "current_timestep")
-    own = getattr(pipe, "_current_timestep", None) if writes else pipe.scheduler.timesteps
-    if not isinstance(own, torch.Tensor) or not isinstance(timestep, torch.Tensor):
-        return None
-    if own.untyped_storage().data_ptr() != timestep.untyped_storage().data_ptr():
-        return None
-    return own if writes else timestep
+def _share(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether one is a view of the other, or both are of a third."""
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()

@@ -65,7 +65,7 @@ class Recorder:
         self._transformer = transformer
         self._sites = sites
         self._layer = {site.attention: layer for layer, site in enumerate(sites)}
-        self._tracker = RunTracker(pipe)
+        self._tracker = RunTracker(pipe, backbone)
         self._announced: tuple[Place, Grid, int] | None = None
         self._words: TextRows | None = None
         self._moved: dict[torch.device, torch.Tensor] = {}

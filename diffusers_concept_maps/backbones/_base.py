@@ -57,10 +57,13 @@ class Backbone(ABC):
     Attributes:
         transformer_classes: exact class names, looked up along the transformer's MRO.
         presets: one per known checkpoint.
+        batched_guidance: the family's pipelines run both guidance branches as one batch, the unconditional half first;
+            False if each has a forward pass of its own, the conditional one first.
     """
 
     transformer_classes: ClassVar[tuple[str, ...]]
     presets: ClassVar[tuple[Preset, ...]] = ()
+    batched_guidance: ClassVar[bool] = True
 
     @abstractmethod
     def sites(self, transformer: Any) -> list[Site]:
@@ -98,6 +101,18 @@ class Backbone(ABC):
     @abstractmethod
     def text_length(self, call: Mapping[str, Any]) -> int:
         """Number of text tokens of a forward pass, from the arguments of the transformer."""
+
+    def timesteps(self, scheduled: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+        """What the family's pipelines hand to the transformer at each timestep of the scheduler, to the bit.
+
+        Args:
+            scheduled: the scheduler's timesteps `[step]`.
+            dtype: of what was handed over.
+
+        Returns:
+            `[step]`, such as `scheduled.to(dtype) / 1000`; None where it is a view of the scheduler's timesteps.
+        """
+        return None
 
     def geometry(self, transformer: Any) -> dict[str, int]:
         """How token frames relate to video frames, for `ConceptMaps.upsample`.
