@@ -48,9 +48,9 @@ def full_captions(scenes: Scenes) -> list[str]:
 def training_captions(scenes: Scenes, rng: np.random.Generator) -> list[str]:
     """Captions as the model is trained on them.
 
-    10% are empty (for classifier-free guidance), 6% are a single word or motion (so that a concept alone is in
-    distribution), 12% name one object only, 22% leave attributes out, the rest are complete. Objects come in random
-    order.
+    8% are empty (for classifier-free guidance), 6% are a single word or motion (so that a concept alone is in
+    distribution), 8% name one object only, 30% leave attributes out, so that what is left is the only handle on an
+    object, the rest are complete. Objects come in random order.
     """
     return [_training_caption(scenes, i, rng) for i in range(len(scenes))]
 
@@ -58,13 +58,13 @@ def training_captions(scenes: Scenes, rng: np.random.Generator) -> list[str]:
 def _training_caption(scenes: Scenes, i: int, rng: np.random.Generator) -> str:
     kind = rng.random()
     slots = rng.permutation(int(scenes.count[i]))
-    if kind < 0.10:
+    if kind < 0.08:
         return ""
-    if kind < 0.16:
+    if kind < 0.14:
         return _single_word(scenes, i, int(slots[0]), rng)
-    if kind < 0.28:
+    if kind < 0.22:
         slots = slots[:1]
-    parts = [_partial(scenes, i, int(s), rng) if 0.28 <= kind < 0.50 else describe(scenes, i, int(s)) for s in slots]
+    parts = [_partial(scenes, i, int(s), rng) if 0.22 <= kind < 0.52 else describe(scenes, i, int(s)) for s in slots]
     text = " and ".join(parts)
     return f"{text} on {BACKGROUNDS[scenes.background[i]]} background" if rng.random() < 0.7 else text
 
@@ -82,5 +82,5 @@ def _single_word(scenes: Scenes, i: int, slot: int, rng: np.random.Generator) ->
 
 
 def _partial(scenes: Scenes, i: int, slot: int, rng: np.random.Generator) -> str:
-    color, shape, motion = (bool(keep) for keep in rng.random(3) < 0.55)
+    color, shape, motion = (bool(keep) for keep in rng.random(3) < 0.5)
     return describe(scenes, i, slot, color=color, shape=shape, motion=motion or not (color or shape))

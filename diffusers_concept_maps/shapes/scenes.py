@@ -7,7 +7,9 @@ any rule for occlusion. Everything random comes from one `numpy.random.Generator
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +34,7 @@ _DIRECTION = np.array([(-1, 0), (1, 0), (0, -1), (0, 1), (0, 0), (0, 0), (0, 0)]
 _GROWS = np.array([0, 0, 0, 0, 1, -1, 0], dtype=float)
 # Radius of the circle around each shape, in units of the object's own radius: what "never touching" is measured with.
 _REACH = np.array([1.0, 1.25, 1.37])
-_SWELL = 0.35  # a growing object goes from (1 - 1.3 * _SWELL) to (1 + _SWELL) of its radius
+_SWELL = 0.22  # a growing object goes from (1 - 1.3 * _SWELL) to (1 + _SWELL) of its radius
 _ATTEMPTS = 24  # placements tried per scene before the whole scene is drawn again
 
 
@@ -64,6 +66,20 @@ class Scenes:
     def __len__(self) -> int:
         return len(self.count)
 
+    def take(self, indices: np.ndarray) -> Scenes:
+        """The scenes at these positions."""
+        return Scenes(**{field.name: getattr(self, field.name)[indices] for field in fields(self)})
+
+    @staticmethod
+    def join(parts: Sequence[Scenes]) -> Scenes:
+        """The scenes of all parts, one after another."""
+        columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(Scenes)}
+        return Scenes(**{name: _joined(column) for name, column in columns.items()})
+
+
+def _joined(column: list[Any]) -> Any:
+    return torch.cat(column) if isinstance(column[0], torch.Tensor) else np.concatenate(column)
+
 
 @dataclass(frozen=True)
 class _Plan:
@@ -84,7 +100,7 @@ def _draw_attributes(rng: np.random.Generator, n: int, held_out: bool) -> tuple[
     color = rng.integers(len(COLORS), size=(n, 2))
     shape = rng.integers(len(SHAPES), size=(n, 2))
     kind = rng.random(n)
-    same_color, same_shape = kind < 0.25, (kind >= 0.15) & (kind < 0.40)
+    same_color, same_shape = kind < 0.40, (kind >= 0.25) & (kind < 0.60)
     other_color = (color[:, 0] + rng.integers(1, len(COLORS), size=n)) % len(COLORS)
     other_shape = (shape[:, 0] + rng.integers(1, len(SHAPES), size=n)) % len(SHAPES)
     color[:, 1] = np.where(same_color, color[:, 0], other_color)
@@ -114,7 +130,7 @@ def _trajectories(
     n = len(motion)
     steps = np.clip(np.arange(FRAMES) - start[..., None], 0, None).astype(float)
     span = FRAMES - 1 - start
-    base = rng.uniform(4.2, 5.6, size=(n, 2))
+    base = rng.uniform(4.9, 6.3, size=(n, 2))
     grow = _GROWS[motion][..., None]
     progress = steps / span[..., None]
     first = np.where(grow > 0, 1 - 1.3 * _SWELL, np.where(grow < 0, 1 + _SWELL, 1.0))
@@ -144,7 +160,7 @@ def _draw_allowed(rng: np.random.Generator, n: int, held_out: bool) -> tuple[np.
 def _plan(rng: np.random.Generator, n: int, objects: int | None, held_out: bool) -> _Plan:
     """Draw `n` scenes; where objects cannot be kept apart, sizes and places (never the words) are drawn again."""
     color, shape, motion = _draw_allowed(rng, n, held_out)
-    count = np.full(n, objects) if objects else 1 + (rng.random(n) < 0.65)
+    count = np.full(n, objects) if objects else 1 + (rng.random(n) < 0.6)
     late = (rng.random((n, 2)) < 0.4) & (motion != STILL)
     start = np.where(late, rng.integers(2, 4, size=(n, 2)), 0)
     background = (rng.random(n) >= 0.6).astype(int)
@@ -220,7 +236,7 @@ def sample_scenes(
     Args:
         n: number of scenes, at least 1.
         rng: source of everything random.
-        objects: 1 or 2 objects in every scene; None mixes both (65% have two).
+        objects: 1 or 2 objects in every scene; None mixes both (60% have two).
         held_out: give slot 0 one of the `HELD_OUT` colour-shape pairs; otherwise no object has one.
         device: where to draw.
 

@@ -41,6 +41,7 @@ from diffusers_concept_maps.shapes.scenes import sample_scenes
 
 _WARM_UP_STEPS, _HOLD, _FLOOR = 60, 0.5, 0.02  # of the learning rate: linear up, hold for half the run, linear down
 _EMA_DECAY, _MAX_GRADIENT_NORM, _LOG_EVERY, _SAVE_SECONDS = 0.998, 1.0, 50, 300.0
+_WORDS, _OUTSIDE = (0.3, 0.9), 0.3  # noise levels at which words matter; share of clips drawn from all levels alike
 _COLUMNS = ("step", "clips", "seconds", "loss", "loss_low_noise", "loss_mid_noise", "loss_high_noise", "learning_rate")
 
 
@@ -146,6 +147,24 @@ def _optimizers(model: _Model, learning_rate: float) -> list[torch.optim.Optimiz
     ]
 
 
+def _timesteps(quantile: torch.Tensor) -> torch.Tensor:
+    """Noise levels at quantiles of their density: most of it where words matter, at levels 0.3 to 0.9.
+
+    Above, nothing can be told from the noise; below, everything can be read off the picture.
+    """
+    below, inside = _OUTSIDE * _WORDS[0], 1 - _OUTSIDE + _OUTSIDE * (_WORDS[1] - _WORDS[0])
+    corners = torch.tensor([0.0, below, below + inside, 1.0], device=quantile.device)
+    levels = torch.tensor([0.0, *_WORDS, 1.0], device=quantile.device)
+    part = (torch.bucketize(quantile, corners) - 1).clamp(0, 2)
+    share = (quantile - corners[part]) / (corners[part + 1] - corners[part])
+    return (levels[part].lerp(levels[part + 1], share) * 1000).long().clamp(0, 999)
+
+
+def _weight(alpha: torch.Tensor) -> torch.Tensor:
+    """Weight of the loss: the more of the picture is seen, the less is left to chance, and the less is the error."""
+    return (1 + alpha / (1 - alpha) / 0.02).sqrt().clamp(max=4.0)
+
+
 class _Objective:
     """The v-prediction loss on a fresh batch of scenes; noise levels are stratified over all processes."""
 
@@ -156,15 +175,14 @@ class _Objective:
         self.tokenizer = build_tokenizer()
         self.alphas = build_scheduler().alphas_cumprod.float().to(device)
 
-    def __call__(self, model: _Model) -> torch.Tensor:
-        """Loss of every clip of the batch `[batch]`, in order of rising noise level."""
+    def __call__(self, model: _Model) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss of every clip of the batch `[batch]`, in order of rising noise level, and its weight."""
         scenes = sample_scenes(self.batch, self.rng, device=self.device)
         captions = training_captions(scenes, self.rng)
         tokens = self.tokenizer(captions, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt")
         jitter = torch.rand(self.batch, generator=self.generator, device=self.device)
         stratum = torch.arange(self.batch, device=self.device) * self.world + self.rank
-        # Density proportional to the noise level: layout and words are decided where noise is strong.
-        timestep = (((stratum + jitter) / (self.batch * self.world)).sqrt() * 1000).long().clamp(0, 999)
+        timestep = _timesteps((stratum + jitter) / (self.batch * self.world))
         alpha = self.alphas[timestep].view(-1, 1, 1, 1, 1)
         noise = torch.randn(scenes.video.shape, generator=self.generator, device=self.device)
         noisy = alpha.sqrt() * scenes.video + (1 - alpha).sqrt() * noise
@@ -172,7 +190,7 @@ class _Objective:
         text = model.text_encoder(tokens.input_ids.to(self.device))[0]
         predicted = model.transformer(noisy.bfloat16(), text, timestep, return_dict=False)[0]
         loss: torch.Tensor = (predicted.float() - velocity).square().mean((1, 2, 3, 4))
-        return loss
+        return loss, _weight(alpha.flatten())
 
 
 def _reduce_gradients(model: _Model, world: int) -> None:
@@ -225,6 +243,8 @@ class _Log:
 
 def _train(arguments: argparse.Namespace, rank: int, world: int, device: torch.device) -> None:
     model = _Model.build(device)
+    if arguments.compile:
+        model.transformer.compile(dynamic=False)
     step, clips, earlier = 0, 0, 0.0
     if arguments.resume:
         model.load(arguments.resume)
@@ -241,8 +261,8 @@ def _train(arguments: argparse.Namespace, rank: int, world: int, device: torch.d
     first_step, first_clip = step, clips
     while (fraction := _progress(clips - first_clip, time.monotonic() - start, arguments, world)) < 1:
         rate = _learning_rate(arguments.learning_rate, step - first_step, fraction)
-        losses = objective(model)
-        losses.mean().backward()
+        losses, weights = objective(model)
+        (losses * weights).mean().backward()
         _reduce_gradients(model, world)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -270,6 +290,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="clips per step and process")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--compile", action="store_true", help="compile the transformer: a sixth faster on a CPU")
     parser.add_argument("--resume", type=Path, default=None, help="a checkpoint.safetensors to continue from")
     arguments = parser.parse_args()
     world = int(os.environ.get("WORLD_SIZE", "1"))
