@@ -28,18 +28,22 @@ _SHOWN_WIDTH = 320  # pixels; videos smaller than that are enlarged so that a pe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, or 2 with one line on standard error."""
+    """Run the command line.
+
+    Returns:
+        The exit status: 0, 1 where a gate is red, or 2 with one line on standard error.
+    """
     parser = argparse.ArgumentParser(prog="concept-maps", description="Saliency maps of concepts in generated videos.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for register in (_register_generate, _register_info):
+    for register in (_register_generate, _register_evaluate, _register_info):
         register(commands)
     options = parser.parse_args(arguments)
     try:
-        options.run(options)
+        status: int = options.run(options)
     except (ConceptMapsError, OSError) as error:
         print(f"concept-maps: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return 0
+    return status
 
 
 def _register_generate(commands: Any) -> None:
@@ -63,6 +67,21 @@ def _register_generate(commands: Any) -> None:
     parser.set_defaults(run=_generate)
 
 
+def _register_evaluate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        help="score a model and its maps",
+        description="Print what a suite measures, one line as soon as it is known, and end with status 1 when a gate "
+        "is red.",
+    )
+    parser.add_argument("--suite", required=True, choices=["shapes"], help="shapes: the gates of the embedded model")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="a pipeline folder; default: the embedded model")
+    parser.add_argument(
+        "--guidance", action="store_true", help="compare guidance scales instead, on noise of the development seed"
+    )
+    parser.set_defaults(run=_evaluate)
+
+
 def _register_info(commands: Any) -> None:
     parser = commands.add_parser("info", help="say what is in a file of maps")
     parser.add_argument("file", type=Path, metavar="FILE", help="a maps.safetensors")
@@ -81,7 +100,7 @@ def _seed(text: str) -> int:
     return int(text)
 
 
-def _generate(options: argparse.Namespace) -> None:
+def _generate(options: argparse.Namespace) -> int:
     import torch
 
     from diffusers_concept_maps.capture import trace
@@ -104,6 +123,25 @@ def _generate(options: argparse.Namespace) -> None:
         overlays = _write(folder, frames, maps, prompt, options.fps)
     _print_table(maps, overlays)
     print(f"\nwritten to {options.out}: video, overlays, contact_sheet.png, maps.safetensors")
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from diffusers_concept_maps.shapes import suite
+    from diffusers_concept_maps.shapes.model import load_shapes_pipeline
+
+    pipe = load_shapes_pipeline(folder=options.model)
+    pipe.set_progress_bar_config(disable=True)
+    if options.guidance:
+        for scale, rates in suite.compare_guidance(pipe):
+            print(f"guidance {scale}: " + "  ".join(f"{name} {rate:.3f}" for name, rate in rates.items()), flush=True)
+        return 0
+    red = []
+    for result in suite.evaluate(pipe):
+        print(result, flush=True)
+        red += [result.name] if result.passed is False else []
+    print(f"{len(red)} gates are red: {'; '.join(red)}" if red else "all gates are green")
+    return 1 if red else 0
 
 
 @contextlib.contextmanager
@@ -214,7 +252,7 @@ def _printable(text: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
-def _info(options: argparse.Namespace) -> None:
+def _info(options: argparse.Namespace) -> int:
     from diffusers_concept_maps.maps import load
 
     maps = load(options.file)
@@ -226,6 +264,7 @@ def _info(options: argparse.Namespace) -> None:
         print(f"{method}  {grid}, {scores.min():.3f} to {scores.max():.3f}")
     for name, value in maps.metadata.items():
         print(f"{name}  {_printable(str(value))}")
+    return 0
 
 
 if __name__ == "__main__":

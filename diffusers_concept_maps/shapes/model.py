@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
+from diffusers_concept_maps.errors import ConceptMapsError
 from diffusers_concept_maps.shapes.captions import TEXT_LENGTH, WORDS
 from diffusers_concept_maps.shapes.scenes import FRAMES, HEIGHT, WIDTH
 
@@ -175,7 +176,7 @@ def build_pipeline(transformer: CogVideoXTransformer3DModel, text_encoder: T5Enc
     )
 
 
-def load_shapes_pipeline(dtype: torch.dtype = torch.float32) -> CogVideoXPipeline:
+def load_shapes_pipeline(dtype: torch.dtype = torch.float32, *, folder: Path | None = None) -> CogVideoXPipeline:
     """The embedded model: a stock pipeline that makes 6 frames of 32 x 32 pixels of coloured shapes that move.
 
     Its sin-cos position table fixes the text length, so every call needs `max_sequence_length=20`
@@ -183,12 +184,19 @@ def load_shapes_pipeline(dtype: torch.dtype = torch.float32) -> CogVideoXPipelin
 
     Args:
         dtype: of the weights, which are stored in float16.
+        folder: another pipeline of the same parts, such as `train.py` writes; None is the one of the package.
 
     Returns:
         A `CogVideoXPipeline` on the CPU, loaded with `from_pretrained`.
+
+    Raises:
+        ConceptMapsError: there is no pipeline in the folder.
 
     Example:
         >>> pipe = dcm.load_shapes_pipeline()
         >>> pipe("a red circle moving right", max_sequence_length=20).frames[0]
     """
-    return CogVideoXPipeline.from_pretrained(Path(__file__).with_name("pipeline"), dtype=dtype)
+    folder = folder or Path(__file__).with_name("pipeline")
+    if not (folder / "model_index.json").is_file():
+        raise ConceptMapsError(f"there is no model_index.json in {str(folder)!r}; expected the folder of a pipeline")
+    return CogVideoXPipeline.from_pretrained(folder, dtype=dtype)

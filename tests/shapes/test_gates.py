@@ -1,12 +1,9 @@
-"""A small slice of the gates, on the shipped weights; `shapes/evaluate.py` run as a command has the rest."""
+"""The suite of gates: what it chooses, when it is red, and a small slice of it on the shipped weights."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
-from types import SimpleNamespace
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,12 +11,15 @@ import torch
 from diffusers import CogVideoXPipeline
 
 import diffusers_concept_maps as dcm
-from diffusers_concept_maps.shapes import evaluate, model
-from diffusers_concept_maps.shapes.captions import WORDS, full_captions
-from diffusers_concept_maps.shapes.scenes import BACKGROUNDS, COLORS, HELD_OUT, MOTIONS, SHAPES, Scenes
+from diffusers_concept_maps import cli
+from diffusers_concept_maps.shapes import model, suite
+from diffusers_concept_maps.shapes.suite import contrast, controls, frozen, generation
+from diffusers_concept_maps.shapes.suite.probe import Choice, Place, Read, object_weights, read_real, word_embeds
+from diffusers_concept_maps.shapes.suite.result import Result
+from diffusers_concept_maps.shapes.suite.scores import contrast_hits
 
-METHOD, LAYER, HEAD = "cross_attention", 4, 1
-"""What `choose_head` finds on clips of the development seed."""
+CHOSEN = Choice(Place("real", 0.6, "alone"), Read("cross_attention", "all"), 4)
+"""A way to read colors; the suite chooses its own."""
 
 
 @pytest.fixture(scope="module")
@@ -29,142 +29,114 @@ def pipe() -> CogVideoXPipeline:
     return pipe
 
 
-@pytest.fixture(scope="module")
-def scenes() -> Scenes:
-    return evaluate.contrast_scenes(48, evaluate.EVALUATION_SEED, "color")
+def hits(pipe: CogVideoXPipeline) -> np.ndarray:
+    scenes = frozen.contrast_scenes(48, frozen.EVALUATION_SEED, "color")
+    embeds = word_embeds(pipe, scenes, "color", CHOSEN.place.words)
+    maps = read_real(pipe, scenes, embeds, CHOSEN.place.noise_level, [CHOSEN.read.method])
+    return contrast_hits(maps[CHOSEN.read][CHOSEN.layer], object_weights(scenes.masks))
 
 
-def test_prompts_are_balanced_and_frozen() -> None:
-    prompts = evaluate.generation_prompts()
-    assert prompts == evaluate.generation_prompts()
-    assert len(prompts) == 120
-    assert set(Counter(prompt.text for prompt in prompts).values()) <= {1, 2}
-    assert Counter(prompt.color for prompt in prompts) == dict.fromkeys(COLORS, 30)
-    assert Counter(prompt.shape for prompt in prompts) == dict.fromkeys(SHAPES, 40)
-    motions = Counter(prompt.motion for prompt in prompts)
-    assert set(motions) == set(MOTIONS)
-    assert max(motions.values()) - min(motions.values()) == 1
-    assert Counter(prompt.text.split()[-2] for prompt in prompts) == dict.fromkeys(BACKGROUNDS, 60)
-    assert not {(prompt.color, prompt.shape) for prompt in prompts} & set(HELD_OUT)
-    for prompt in prompts:
-        assert prompt.text.startswith(f"a {prompt.color} {prompt.shape} {prompt.motion} on ")
-        assert set(prompt.text.split()) <= set(WORDS)
-
-
-@pytest.mark.parametrize("word", ["color", "shape", "motion"])
-def test_contrast_scenes_differ_in_the_word(word: str) -> None:
-    scenes = evaluate.contrast_scenes(40, evaluate.DEVELOPMENT_SEED, word)
-    again = evaluate.contrast_scenes(40, evaluate.DEVELOPMENT_SEED, word)
-    other = evaluate.contrast_scenes(40, evaluate.EVALUATION_SEED, word)
-    first, second = getattr(scenes, word).T
-    assert len(scenes) == len(scenes.video) == 40
-    assert bool((first != second).all())
-    assert bool((scenes.count == 2).all())
-    assert torch.equal(scenes.video, again.video)
-    assert full_captions(scenes) == full_captions(again)
-    assert not torch.equal(scenes.video, other.video)
-
-
-@pytest.mark.parametrize(("swapped", "expected"), [(False, 1.0), (True, 0.0)])
-def test_contrast_of_planted_maps(
-    pipe: CogVideoXPipeline, scenes: Scenes, monkeypatch: pytest.MonkeyPatch, swapped: bool, expected: float
-) -> None:
-    """Maps that are the objects' own masks, drowned in what both share, win every clip; exchanged they win none."""
-    planted = scenes.masks.unflatten(-1, (8, 4)).unflatten(-3, (8, 4)).mean((-1, -3))
-    shared = torch.randn(planted[:, :1].shape, generator=torch.Generator().manual_seed(41)) * 10
-    planted = (planted.flip(1) if swapped else planted) + shared
-    seen: list[dict[str, Any]] = []
-
-    @contextmanager
-    def planted_trace(transformer: Any, **options: Any) -> Iterator[Any]:
-        start = sum(len(call["concept_embeds"]) for call in seen)
-        seen.append(options)
-        yield SimpleNamespace(get=lambda method: planted[start : start + len(options["concept_embeds"])])
-
-    monkeypatch.setattr(evaluate, "trace", planted_trace)
-    assert evaluate.contrast_accuracy(pipe, scenes, "gramcol", 3, 2, 0.6) == expected
-    options = seen[0]
-    assert (list(options["methods"]), list(options["layers"]), list(options["heads"])) == (["gramcol"], [3], [2])
-    assert options["normalize"] == "none"
-    word = pipe.tokenizer([list(COLORS)[scenes.color[5, 1]]], padding="max_length", max_length=20, return_tensors="pt")
-    with torch.no_grad():
-        alone = pipe.text_encoder(word.input_ids)[0][0, 0]
-    torch.testing.assert_close(options["concept_embeds"][5, 1], alone)
-
-
-def test_transformer_sees_the_noised_clip_and_its_caption(pipe: CogVideoXPipeline, scenes: Scenes) -> None:
-    calls: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-    hook = pipe.transformer.register_forward_pre_hook(lambda module, args: calls.append(args))
-    try:
-        evaluate.contrast_accuracy(pipe, scenes, METHOD, 0, 0, 0.25)
-    finally:
-        hook.remove()
-    noisy, text, timestep = (torch.cat(parts) for parts in zip(*calls, strict=True))
-    assert timestep.tolist() == [250] * 48
-    alpha = pipe.scheduler.alphas_cumprod[250]
-    noise = (noisy - alpha.sqrt() * scenes.video) / (1 - alpha).sqrt()
-    assert float(noise.mean()) == pytest.approx(0, abs=0.01)
-    assert float(noise.std()) == pytest.approx(1, abs=0.01)
-    assert abs(float((noise * scenes.video).mean())) < 0.01
-    ids = pipe.tokenizer(full_captions(scenes), padding="max_length", max_length=20, return_tensors="pt").input_ids
-    with torch.no_grad():
-        torch.testing.assert_close(text, pipe.text_encoder(ids)[0])
-
-
-def test_slice_of_the_generation_gate(pipe: CogVideoXPipeline) -> None:
-    rates = evaluate.score_generation(pipe, evaluate.generation_prompts()[:24])
+def test_slice_of_the_generation_gates(pipe: CogVideoXPipeline) -> None:
+    rates = generation.score_generation(pipe, frozen.generation_prompts()[:24])
     assert rates["present"] >= 0.7
     assert rates["color"] >= 0.7
 
 
-def test_slice_of_the_contrast_gate(pipe: CogVideoXPipeline, scenes: Scenes) -> None:
-    assert evaluate.contrast_accuracy(pipe, scenes, METHOD, LAYER, HEAD, 0.6) >= 0.7
+def test_slice_of_the_contrast_gate(pipe: CogVideoXPipeline) -> None:
+    assert hits(pipe).mean() >= 0.75
 
 
-def test_untrained_weights_are_at_chance(scenes: Scenes) -> None:
+def test_untrained_weights_are_at_chance() -> None:
     torch.manual_seed(42)
     untrained = model.build_pipeline(model.build_transformer(), model.build_text_encoder())
-    assert 0.25 <= evaluate.contrast_accuracy(untrained, scenes, METHOD, LAYER, HEAD, 0.6) <= 0.75
+    assert 0.25 <= hits(untrained).mean() <= 0.75
 
 
-def test_choose_head_is_the_contrast_of_every_head(pipe: CogVideoXPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table holds what `contrast_accuracy` says of that head, on clips of the development seed."""
-    monkeypatch.setattr(evaluate, "_DEVELOPMENT_CLIPS", 8)
-    monkeypatch.setattr(evaluate, "LAYERS", 2)
-    table = evaluate.choose_head(pipe, ["gramcol"])["gramcol"]
-    assert table.shape == (2, model.HEADS)
-    scenes = evaluate.contrast_scenes(8, evaluate.DEVELOPMENT_SEED, "color")
-    for layer, head in ((0, 3), (1, 2)):
-        assert table[layer, head] == evaluate.contrast_accuracy(pipe, scenes, "gramcol", layer, head, 0.6)
+def planted_hits(accuracy: dict[Place, dict[Read, list[float]]]) -> contrast.Hits:
+    """Hits `[layer, 100 clips]` with these accuracies per layer."""
+    return {
+        place: {read: np.arange(100) < 100 * np.array(rates)[:, None] for read, rates in reads.items()}
+        for place, reads in accuracy.items()
+    }
 
 
-def test_bootstrap_interval() -> None:
-    assert evaluate.bootstrap_interval(np.ones(50, dtype=bool)) == (1, 1)
-    low, high = evaluate.bootstrap_interval(np.arange(400) % 4 > 0)
-    half = 1.96 * (0.75 * 0.25 / 400) ** 0.5
-    assert (low, high) == pytest.approx((0.75 - half, 0.75 + half), abs=0.006)
+def test_choose_takes_the_best_layer_but_the_first() -> None:
+    near, far, made = Place("real", 0.6, "alone"), Place("real", 0.8, "in prompt"), Place("generated", 0.6, "alone")
+    one, motion = Read("gramcol", "2"), Read("imap", "motion")
+    development = planted_hits(
+        {
+            near: {one: [0.99, 0.5, 0.7], motion: [0.1, 0.2, 0.3]},
+            far: {one: [0.0, 0.6, 0.8], motion: [0.1, 0.75, 0.3]},
+            made: {one: [1.0, 0.95, 0.9], motion: [0.1, 0.2, 0.4]},
+        }
+    )
+    assert contrast.choose(development) == Choice(made, one, 1)
+    assert contrast.choose(development, source="real") == Choice(far, one, 2)
+    assert contrast.choose(development, words="alone", source="real") == Choice(near, one, 2)
+    assert contrast.choose(development, "imap motion") == Choice(far, motion, 1)
+    assert contrast.choose(development, "gramcol", "real", "in prompt") == Choice(far, one, 2)
+
+
+@pytest.mark.parametrize(("gate", "claimed", "passed"), [(0.8, True, True), (0.81, True, False), (0.81, False, None)])
+def test_no_claim_without_generation(gate: float, claimed: bool, passed: bool | None) -> None:
+    choice = Choice(Place("real", 0.6, "alone"), Read("gramcol", "2"), 1)
+    scored = planted_hits({choice.place: {choice.read: [0.0, 0.8]}})
+    result = contrast.score("contrast", choice, scored, gate, claimed)
+    assert result.value == 0.8
+    assert result.passed is passed
+    assert ("no claim" in str(result)) is not claimed
+
+
+@pytest.mark.parametrize(
+    ("hits", "passed"),
+    [
+        (np.arange(2000) % 2 > 0, True),
+        (np.arange(2000) % 5 > 1, False),  # 0.6 is not chance
+        (np.arange(40) % 2 > 0, False),  # too few clips to tell
+    ],
+)
+def test_control_is_at_chance_or_red(hits: np.ndarray, passed: bool) -> None:
+    result = controls.at_chance("control", hits, np.arange(len(hits)))
+    assert result.passed is passed
+    assert result.value == hits.mean()
+
+
+def test_controls_read_what_was_chosen(pipe: CogVideoXPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Absent words hit by coin; untrained models are as many, and as different, as the frozen numbers say."""
+    monkeypatch.setattr(frozen, "CONTROL_MODELS", 3)
+    monkeypatch.setattr(frozen, "CONTROL_CLIPS", 8)
+    monkeypatch.setattr(frozen, "ABSENT_CLIPS", 160)
+    untrained, absent = controls.control_results(pipe, "color", CHOSEN)
+    assert untrained.note.endswith("3 clusters")
+    assert absent.note.endswith("6 clusters")
+    assert 0.35 < absent.value < 0.65
 
 
 @pytest.mark.parametrize(("value", "status", "mark"), [(0.89, 1, "RED"), (0.9, 0, "ok")])
 def test_command_ends_with_the_state_of_the_gates(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], value: float, status: int, mark: str
 ) -> None:
-    results = [evaluate.Result("beside", 0.1), evaluate.Result("gate", value, 0.9, "layer 1")]
-    monkeypatch.setattr(evaluate, "evaluate", lambda pipe: iter(results))
-    monkeypatch.setattr("sys.argv", ["evaluate"])
-    with pytest.raises(SystemExit) as ended:
-        evaluate.main()
-    assert ended.value.code == status
-    beside, gate = capsys.readouterr().out.splitlines()
+    def results(pipe: CogVideoXPipeline) -> Iterator[Result]:
+        yield Result("beside", 0.1)
+        yield Result.at_least("gate", value, 0.9, "layer 1")
+
+    monkeypatch.setattr(suite, "evaluate", results)
+    assert cli.main(["evaluate", "--suite", "shapes"]) == status
+    beside, gate, last = capsys.readouterr().out.splitlines()
     assert beside.split() == ["beside", "0.100"]
     assert gate.split() == ["gate", f"{value:.3f}", ">=", "0.90", mark, "layer", "1"]
+    assert last == ("1 gates are red: gate" if status else "all gates are green")
 
 
-def test_errors(pipe: CogVideoXPipeline, scenes: Scenes) -> None:
-    with pytest.raises(dcm.ConceptMapsValueError, match="word is 'size'; expected one of color, shape, motion"):
-        evaluate.contrast_scenes(4, 1, "size")
-    with pytest.raises(dcm.ConceptMapsValueError, match="word is 'size'"):
-        evaluate.contrast_accuracy(pipe, scenes, METHOD, LAYER, HEAD, 0.6, word="size")
-    for level in (-0.1, 1.0):
-        with pytest.raises(dcm.ConceptMapsValueError, match=f"noise_level is {level}; expected 0"):
-            evaluate.contrast_accuracy(pipe, scenes, METHOD, LAYER, HEAD, level)
+def test_command_compares_guidance(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(frozen, "GUIDANCE_SCALES", (1.0, 2.0))
+    monkeypatch.setattr(frozen, "PROMPTS", 2)
+    assert cli.main(["evaluate", "--suite", "shapes", "--guidance"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["guidance 1.0", "guidance 2.0"]
+    assert all(name in lines[0] for name in frozen.GENERATION_GATES)
+
+
+def test_folder_without_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["evaluate", "--suite", "shapes", "--model", str(tmp_path)]) == 2
+    assert "there is no model_index.json in" in capsys.readouterr().err

@@ -94,7 +94,7 @@ def test_motion_is_the_one_that_its_word_says(scenes: Scenes) -> None:
                 (last * axis).sum() / last.sum() - (first * axis).sum() / first.sum() for axis in (column, row)
             )
             growth = float(last.sum() / first.sum())
-            seen = [-right > 5, right > 5, -down > 5, down > 5, growth > 3, growth < 1 / 3]
+            seen = [-right > 5, right > 5, -down > 5, down > 5, growth > 2.5, growth < 1 / 2.5]
             expected = [motion == MOTIONS[scenes.motion[i, slot]] for motion in MOTIONS[:-1]]
             assert [bool(yes) for yes in seen] == expected
 
@@ -125,11 +125,11 @@ def test_number_of_objects(objects: int) -> None:
 
 def test_mixed_number_of_objects(scenes: Scenes) -> None:
     assert set(scenes.count.tolist()) == {1, 2}
-    assert 0.55 < float(np.mean(scenes.count == 2)) < 0.75
+    assert 0.5 < float(np.mean(scenes.count == 2)) < 0.7
     two = scenes.count == 2
     assert bool((scenes.motion[two, 0] != scenes.motion[two, 1]).all())
     for words in (scenes.color, scenes.shape):  # pairs that only the other attributes tell apart
-        assert 0.1 < float(np.mean(words[two, 0] == words[two, 1])) < 0.5
+        assert 0.25 < float(np.mean(words[two, 0] == words[two, 1])) < 0.5
 
 
 def test_errors() -> None:
@@ -182,3 +182,5 @@ def test_training_captions_are_mixed_and_true(scenes: Scenes) -> None:
     partial = [set(caption.split()) - {"a", "object"} for caption in captions]
     assert all(said <= true for said, true in zip(partial, full, strict=True))
     assert 0.3 < np.mean([said | {"a"} == true for said, true in zip(partial, full, strict=True)]) < 0.7
+    colorless = [bool(said) and not said & set(COLORS) for said in partial]
+    assert 0.25 < np.mean(colorless) < 0.5

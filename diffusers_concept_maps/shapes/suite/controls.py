@@ -27,11 +27,11 @@ def control_results(pipe: CogVideoXPipeline, word: str, choice: Choice) -> Itera
     """
     untrained = [_untrained_hits(seed, word, choice) for seed in range(frozen.CONTROL_MODELS)]
     models = np.repeat(np.arange(frozen.CONTROL_MODELS), frozen.CONTROL_CLIPS)
-    yield _at_chance(f"control of {word} words: untrained models", np.concatenate(untrained), models)
+    yield at_chance(f"control of {word} words: untrained models", np.concatenate(untrained), models)
     scenes, others = frozen.absent_scenes(frozen.ABSENT_CLIPS, EVALUATION_SEED, word)
     hits = _hits(pipe, scenes, word_embeds(pipe, others, word, choice.place.words), choice)
     pairs = np.sort(getattr(others, word), 1) @ (len(frozen.WORDS_OF[word]), 1)
-    yield _at_chance(f"control of {word} words: absent words", hits, pairs)
+    yield at_chance(f"control of {word} words: absent words", hits, pairs)
 
 
 def _untrained_hits(seed: int, word: str, choice: Choice) -> np.ndarray:
@@ -47,7 +47,14 @@ def _hits(pipe: CogVideoXPipeline, scenes: Scenes, embeds: torch.Tensor, choice:
     return contrast_hits(readings[choice.read][choice.layer], object_weights(scenes.masks))
 
 
-def _at_chance(name: str, hits: np.ndarray, clusters: np.ndarray) -> Result:
+def at_chance(name: str, hits: np.ndarray, clusters: np.ndarray) -> Result:
+    """A control, green where the 99% interval of its hits, drawn by clusters, is narrow and holds 0.5.
+
+    Args:
+        name: of the control.
+        hits: bool `[n]`.
+        clusters: `[n]`, which hits belong together.
+    """
     low, high = bootstrap_interval(hits, clusters=clusters, level=0.99)
     inside = 0.5 - frozen.CONTROL_WIDTH < low <= 0.5 <= high < 0.5 + frozen.CONTROL_WIDTH
     note = f"99% interval {low:.3f} to {high:.3f}, {len(np.unique(clusters))} clusters"

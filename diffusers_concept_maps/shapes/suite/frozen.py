@@ -113,6 +113,15 @@ def late_scenes(n: int, seed: int) -> Scenes:
     return _draw(n, seed, lambda scenes: (scenes.start[:, 0] > 0) & (scenes.start[:, 1] == 0))
 
 
+def _lacks(scenes: Scenes, word: str) -> np.ndarray:
+    """Scenes that lack two words which `contrast_scenes` could ask for."""
+    if word == "motion":
+        lacks: np.ndarray = (scenes.motion != STILL).all(1)
+    else:  # there are three shapes only
+        lacks = (scenes.shape[:, 0] == scenes.shape[:, 1]) | (word != "shape")
+    return lacks
+
+
 def absent_scenes(n: int, seed: int, word: str) -> tuple[Scenes, Scenes]:
     """Two-object scenes, and as many others whose objects differ in words that the first ones do not have.
 
@@ -127,8 +136,7 @@ def absent_scenes(n: int, seed: int, word: str) -> tuple[Scenes, Scenes]:
         ConceptMapsValueError: an unknown attribute.
     """
     check_word(word)
-    # With three shapes, two are absent only where both objects have the same.
-    scenes = _draw(n, seed, lambda drawn: (drawn.shape[:, 0] == drawn.shape[:, 1]) | (word != "shape"))
+    scenes = _draw(n, seed, lambda drawn: _lacks(drawn, word))
     others = _draw(n, seed + NOISE_SEED, lambda drawn: _differ(drawn, word))
     rng, here, there = np.random.default_rng(seed), getattr(scenes, word), getattr(others, word)
     foreign = (here[:, None, :, None] != there[None, :, None, :]).all((2, 3))
