@@ -18,6 +18,7 @@ from diffusers_concept_maps.backbones import Backbone, Site, find_backbone, find
 from diffusers_concept_maps.errors import ConceptMapsError
 from diffusers_concept_maps.heads import HeadSelection
 from diffusers_concept_maps.maps import ConceptMaps
+from diffusers_concept_maps.one_pass import check_one_pass
 from diffusers_concept_maps.parity import Parity
 from diffusers_concept_maps.plan import CapturePlan, Request, make_plan
 from diffusers_concept_maps.processors import ConceptAttnProcessor, ConceptProcessor, concept_processor
@@ -47,12 +48,12 @@ class CaptureHandle:
         self._swapped: list[tuple[Any, Any, ConceptProcessor]] = []
         self._adopted: list[ConceptProcessor] = []
         try:
-            self._attach(transformer, sites)
+            self._attach(transformer, sites, joins=plan.attention == "one_pass")
         except BaseException:
             self.remove(failed=True)
             raise
 
-    def _attach(self, transformer: Any, sites: list[Site]) -> None:
+    def _attach(self, transformer: Any, sites: list[Site], *, joins: bool) -> None:
         if self._prompt is not None:
             self._prompt.listen()
         for site in sites:
@@ -70,6 +71,8 @@ class CaptureHandle:
         self._hooks.append(transformer.register_forward_hook(self._end, always_call=True))
         for layer, site in enumerate(sites):
             self._hooks.append(site.block.register_forward_pre_hook(partial(self._hold, layer), with_kwargs=True))
+            if joins:  # before the hooks of the user, which then see what they saw
+                self._hooks.append(site.block.register_forward_hook(self._part, prepend=True))
 
     def remove(self, *, failed: bool = False) -> None:
         """Put the very processors back that were there, and take every hook out; a second call does nothing.
@@ -96,8 +99,14 @@ class CaptureHandle:
     def _end(self, transformer: Any, args: tuple[Any, ...], output: Any) -> None:
         self._recorder.end(finished=output is not None)
 
-    def _hold(self, layer: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._recorder.hold(layer, _by_name(block, args, kwargs))
+    def _hold(
+        self, layer: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        joined = self._recorder.hold(layer, _by_name(block, args, kwargs))
+        return None if joined is None else ((), joined)
+
+    def _part(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return self._recorder.part(output)
 
 
 def attach(pipe_or_transformer: Any, concepts: Sequence[str] | None = None, **options: Any) -> CaptureHandle:
@@ -116,6 +125,8 @@ def attach(pipe_or_transformer: Any, concepts: Sequence[str] | None = None, **op
     sites = backbone.sites(transformer)
     _check_free(transformer, sites)
     plan = make_plan(pipe, transformer, backbone, concepts, request)
+    if plan.attention == "one_pass":
+        check_one_pass(backbone, transformer)
     return CaptureHandle(plan, Recorder(plan, backbone, transformer, sites, pipe), backbone, transformer, sites)
 
 
@@ -137,6 +148,7 @@ def trace(
     prompt_tokens: Mapping[str, Sequence[int]] | None = None,
     space: str = "output",
     reads: str = "both",
+    attention: str = "exact",
     detail: Sequence[str] = (),
     detail_path: str | Path | None = None,
 ) -> Iterator[Any]:
@@ -170,6 +182,9 @@ def trace(
         prompt_tokens: positions of each word in the prompt for `target="prompt"`, where its text is not known.
         space: what "concept_attention" compares: "output", "value" or "query_key".
         reads: what concept tokens attend to: "both" concepts and video, "image", "concepts" or "none".
+        attention: "exact" takes the concepts through every block apart from the model's own calls; "one_pass" sends
+            them along in those, which is less work and leaves the frames equal to rounding. It refuses caches,
+            context parallelism and training mode. See `docs/methods/`.
         detail: axes to keep out of "layer", "step" and "head", for `ConceptMaps.detail`; every kept map is copied to
             the host as it is made, for which the device waits.
         detail_path: safetensors file to stream the kept axes to, where they would not fit into memory.
@@ -203,6 +218,7 @@ def trace(
         prompt_tokens=prompt_tokens,
         space=space,
         reads=reads,
+        attention=attention,
         detail=detail,
         detail_path=detail_path,
     )
@@ -280,6 +296,7 @@ def _metadata(backbone: Backbone, transformer: Any, plan: CapturePlan) -> dict[s
         "token_policy": plan.token_policy,
         "parity": plan.parity.name if plan.parity else None,
         "reads": plan.reads,
+        "attention": plan.attention,
         "steps": sorted(plan.steps) if isinstance(plan.steps, frozenset) else list(plan.steps),
         "methods": {
             name: {

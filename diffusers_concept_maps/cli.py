@@ -58,6 +58,9 @@ def _register_generate(commands: Any) -> None:
     parser.add_argument("--model", metavar="PATH_OR_HUB_ID", help="a diffusers pipeline; default: the embedded model")
     parser.add_argument("--methods", nargs="+", default=["concept_attention"], metavar="METHOD")
     parser.add_argument(
+        "--attention", default="exact", metavar="MODE", help="'exact' or 'one_pass'; default: %(default)s"
+    )
+    parser.add_argument(
         "--steps", type=_positive, help="denoising steps; default: the pipeline's, 20 for the embedded model"
     )
     parser.add_argument("--seed", type=_seed, default=DEFAULT_SEED, help="default: %(default)s")
@@ -117,7 +120,7 @@ def _generate(options: argparse.Namespace) -> int:
     with _staging(options.out) as folder:
         pipe, call = _load(options)
         generator = torch.Generator().manual_seed(options.seed)
-        with trace(pipe, concepts, methods=options.methods) as maps:
+        with trace(pipe, concepts, methods=options.methods, attention=options.attention) as maps:
             output = pipe(prompt, generator=generator, **call)
         frames = output.frames[0] if hasattr(output, "frames") else output.images[:1]
         overlays = _write(folder, frames, maps, prompt, options.fps)

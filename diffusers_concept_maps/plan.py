@@ -28,6 +28,7 @@ concept to mean 0 and deviation 1 over the whole clip, before heads are joined.
 """
 BRANCHES = ("cond", "uncond", "both")
 TARGETS = ("concepts", "prompt")
+ATTENTIONS = ("exact", "one_pass")
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Request:
     prompt_tokens: Mapping[str, Sequence[int]] | None = None
     space: str = "output"
     reads: str = "both"
+    attention: str = "exact"
     detail: Sequence[str] = ()
     detail_path: str | Path | None = None
 
@@ -78,6 +80,7 @@ class CapturePlan:
         normalize: as asked for; None is each method's default.
         parity: the official implementation to equal, None for none.
         reads: what concept tokens attend to.
+        attention: how concept tokens get through the blocks, one of `ATTENTIONS`.
         detail: axes to keep.
         detail_path: file for the kept axes, None for memory.
         depth: number of layers of the model.
@@ -95,6 +98,7 @@ class CapturePlan:
     normalize: str | None
     parity: Parity | None
     reads: str
+    attention: str
     detail: tuple[str, ...]
     detail_path: Path | None
     depth: int
@@ -187,6 +191,7 @@ def make_plan(
         normalize=request.normalize,
         parity=parity,
         reads=request.reads,
+        attention=request.attention,
         detail=detail,
         detail_path=None if request.detail_path is None else Path(request.detail_path),
         depth=model.depth,
@@ -208,7 +213,8 @@ def _check_choices(request: Request, method_names: Sequence[str]) -> None:
             f"token_policy is {request.token_policy!r}, but it joins the tokens of concepts that are encoded, and "
             f"here {given}; leave it out"
         )
-    for name, allowed in {"branch": BRANCHES, "target": TARGETS, "space": SPACES, "reads": READS}.items():
+    choices = {"branch": BRANCHES, "target": TARGETS, "space": SPACES, "reads": READS, "attention": ATTENTIONS}
+    for name, allowed in choices.items():
         if getattr(request, name) not in allowed:
             raise ConceptMapsValueError(
                 f"unknown {name} {getattr(request, name)!r}; expected one of {', '.join(allowed)}"
@@ -252,6 +258,10 @@ def _prompt_targets(
     if request.reads != "both":
         raise ConceptMapsValueError(
             f"reads is {request.reads!r}, but words of the prompt attend as the model has them"
+        )
+    if request.attention != "exact":
+        raise ConceptMapsValueError(
+            f"attention is {request.attention!r}, but words of the prompt are in the blocks already; leave it out"
         )
     if request.branch != "cond":
         raise ConceptMapsValueError(

@@ -10,10 +10,11 @@ import torch
 from diffusers.utils import logging
 from torch import nn
 
-from diffusers_concept_maps.backbones import Backbone, Grid, Site
+from diffusers_concept_maps.backbones import Backbone, Grid, JoiningBackbone, Site
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
 from diffusers_concept_maps.heads import head_mask
 from diffusers_concept_maps.methods import LayerTaps
+from diffusers_concept_maps.one_pass import JoinedConcepts, check_call
 from diffusers_concept_maps.plan import CapturePlan
 from diffusers_concept_maps.progress import Place, RunTracker
 from diffusers_concept_maps.prompt import TextRows
@@ -32,7 +33,8 @@ class _Pass:
         rows: rows of the batch that are recorded.
         branches: rows of the guidance branches within those.
         grid: token grid.
-        stream: the concept tokens; None where words of the prompt are the targets.
+        stream: the concept tokens that re-enter the blocks; None where there are none or they join the blocks.
+        joined: the concept tokens that join the blocks (`attention="one_pass"`), None likewise.
         words: which text rows the words of the prompt are; None where concept tokens are the targets.
         multiplicity: float `[text row]`, how many equal rows each stands for; None is one each.
         arguments: what the current block was called with, by name.
@@ -43,6 +45,7 @@ class _Pass:
     branches: dict[str, slice]
     grid: Grid
     stream: ConceptStream | None = None
+    joined: JoinedConcepts | None = None
     words: TextRows | None = None
     multiplicity: torch.Tensor | None = None
     arguments: Mapping[str, Any] | None = None
@@ -76,13 +79,15 @@ class Recorder:
         """A forward pass of the transformer starts; `call` are its arguments by name.
 
         Raises:
-            ConceptMapsValueError: a step out of range.
+            ConceptMapsError: a step out of range, or something has come in the way of `attention="one_pass"`.
         """
         self._pass = self._announced = None  # a pass that was cut short leaves nothing behind
         place = self._tracker.locate(self._backbone.batch(call), call["timestep"])
         if place is None:
             return
         self._check_processors()
+        if self._plan.attention == "one_pass":
+            check_call(self._backbone, self._transformer)
         if place.starts_run:
             self._words = None
             self.results.start_run(place.steps)
@@ -96,8 +101,11 @@ class Recorder:
             self.results.close_step()
         self._pass = self._announced = None
 
-    def hold(self, layer: int, arguments: Mapping[str, Any]) -> None:
-        """A block is about to run; keep what its re-entry needs.
+    def hold(self, layer: int, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+        """A block is about to run; keep what its re-entry needs, or let the concepts join it.
+
+        Returns:
+            Arguments to call the block with instead; None leaves it the ones it has.
 
         Raises:
             ConceptMapsError: embeddings of another batch size, or a word that is not in the prompt.
@@ -105,18 +113,29 @@ class Recorder:
         if self._announced is not None:
             self._start(*self._announced, arguments)
             self._announced = None
-        if self._pass is not None and not self.answering and layer <= self._plan.deepest:
+        if self._pass is None or self.answering or layer > self._plan.deepest:
+            return None
+        if self._pass.joined is None:
             self._pass.arguments = arguments
+            return None
+        return self._pass.joined.join(arguments) if self._serves(self._sites[layer]) else None
+
+    def part(self, block_output: Any) -> Any:
+        """A block has run; what it returned, less the concepts if they joined it."""
+        if self._pass is None or self._pass.joined is None:
+            return block_output
+        return self._pass.joined.part(block_output)
 
     def _start(self, place: Place, grid: Grid, text_length: int, arguments: Mapping[str, Any]) -> None:
         """Start to record, by the batch of the first block: a cache may have left the unconditional half out."""
-        chosen = self._choose_rows(place.branches(self._backbone.batch(arguments)))
+        present = place.branches(self._backbone.batch(arguments))
+        chosen = self._choose_rows(present)
         if chosen is None:
             return
         rows, branches = chosen
         current = _Pass(place.step, rows, branches, grid)
         if self._plan.prompt is None:
-            self._start_stream(current, text_length, arguments["hidden_states"].device)
+            self._start_stream(current, present, text_length, arguments["hidden_states"].device)
         else:
             if self._words is None or self._words.weights.shape[0] != rows.stop - rows.start:
                 device = arguments["hidden_states"].device
@@ -135,6 +154,12 @@ class Recorder:
         """Whether the current attention call is the nested one of the concepts."""
         return self._pass is not None and self._pass.stream is not None and self._pass.stream.answering
 
+    @property
+    def joined(self) -> JoinedConcepts | None:
+        """The concepts that the current attention call has to take along, None where it has the stock tokens alone."""
+        joined = None if self._pass is None else self._pass.joined
+        return joined if joined is not None and joined.riding else None
+
     def answer(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Concept attention of the nested call; see `ConceptStream.answer`."""
         assert self._pass is not None  # `answering` is True
@@ -152,24 +177,31 @@ class Recorder:
         *,
         text: slice,
         image: slice,
+        concepts: slice | None = None,
     ) -> None:
         """The main attention call of a layer has run: advance the concepts and add the layer to the maps.
 
         Args:
             attention: the attention module.
-            query: `[batch, H, S, D]` of text and image tokens, after norms and rotary embedding.
+            query: `[batch, H, S, D]` of the tokens of this call, after norms and rotary embedding.
             key: likewise.
             value: likewise.
             output: attention output before the output projection, likewise.
             text: where the text tokens are.
             image: where the image tokens are.
+            concepts: where the concepts are that joined the call; None if there are none, or they re-enter the block.
         """
         current, layer = self._pass, self._layer[attention]
         assert current is not None  # `records` is True
-        video = Heads(*(tensor[current.rows, :, image] for tensor in (query, key, value, output)))
+
+        def heads(tokens: slice) -> Heads:
+            return Heads(*(tensor[current.rows, :, tokens] for tensor in (query, key, value, output)))
+
+        video = heads(image)
         if current.words is not None:
-            words = Heads(*(tensor[current.rows, :, text] for tensor in (query, key, value, output)))
-            targets = Heads(*(current.words.select(tensor) for tensor in words))
+            targets = Heads(*(current.words.select(tensor) for tensor in heads(text)))
+        elif concepts is not None:
+            targets = heads(concepts)
         else:
             targets = self._advance(current, self._sites[layer], video)
         taps = LayerTaps(
@@ -181,8 +213,12 @@ class Recorder:
         with torch.autocast(query.device.type, enabled=False):
             self._score(current, layer, taps)
 
-    def _start_stream(self, current: _Pass, text_length: int, device: torch.device) -> None:
-        embeds = self._embeds(current, device)
+    def _start_stream(
+        self, current: _Pass, present: Mapping[str, slice], text_length: int, device: torch.device
+    ) -> None:
+        """Set the concepts off, in the recorded rows or, where they join the blocks, in every row of the batch."""
+        joins = self._plan.attention == "one_pass"
+        embeds = self._embeds(present if joins else current.branches, device)
         if self._plan.parity is not None and self._plan.parity.padded:
             padding = text_length - embeds.shape[1]
             if padding < 0:
@@ -194,14 +230,16 @@ class Recorder:
                 embeds = torch.cat([embeds, embeds.new_zeros(embeds.shape[0], 1, embeds.shape[2])], dim=1)
                 current.multiplicity = torch.ones(embeds.shape[1], device=embeds.device)
                 current.multiplicity[-1] = padding
-        current.stream = ConceptStream(
-            self._backbone,
-            self._transformer,
-            embeds,
-            current.rows,
-            multiplicity=current.multiplicity,
-            reads=self._plan.reads,
-        )
+        weights, reads = current.multiplicity, self._plan.reads
+        if joins:
+            assert isinstance(self._backbone, JoiningBackbone)  # `check_one_pass` has looked
+            current.joined = JoinedConcepts(
+                self._backbone, self._transformer, embeds, multiplicity=weights, reads=reads
+            )
+        else:
+            current.stream = ConceptStream(
+                self._backbone, self._transformer, embeds, current.rows, multiplicity=weights, reads=reads
+            )
 
     @staticmethod
     def _advance(current: _Pass, site: Site, video: Heads) -> Heads:
@@ -224,34 +262,39 @@ class Recorder:
 
     def _check_processors(self) -> None:
         """Say so, once, when processors were replaced since the capture began: their layers cannot be recorded."""
-        replaced = [
-            layer
+        replaced = {
+            layer: type(site.attention.processor).__name__
             for layer, site in enumerate(self._sites)
-            if getattr(site.attention.processor, "recorder", None) is not self
-        ]
+            if not self._serves(site)
+        }
         if replaced and not self._warned:
             self._warned = True
             logger.warning(
-                f"The attention processors of layers {replaced} were replaced during the capture, which records "
-                f"nothing of them. Fuse projections or set processors before the `with` block."
+                f"The attention processors of layers {list(replaced)} were replaced during the capture by "
+                f"{', '.join(sorted(set(replaced.values())))}, which shows it nothing: it records nothing of them. "
+                f"Fuse projections, set processors or enable xformers before the `with` block."
             )
 
-    def _embeds(self, current: _Pass, device: torch.device) -> torch.Tensor:
-        """Concept embeddings of every recorded row; both branches of a video get the same."""
+    def _serves(self, site: Site) -> bool:
+        """Whether the processor of a layer is still the one that talks to this capture."""
+        return getattr(site.attention.processor, "recorder", None) is self
+
+    def _embeds(self, branches: Mapping[str, slice], device: torch.device) -> torch.Tensor:
+        """Concept embeddings of every row of these branches; those of one video get the same."""
         if device not in self._moved:  # once, because a copy from the host makes the device wait
             assert self._plan.embeds is not None  # concept tokens are the targets
             self._moved[device] = self._plan.embeds.to(device)
         embeds = self._moved[device]
-        count = current.rows.stop - current.rows.start
+        count = sum(rows.stop - rows.start for rows in branches.values())
         if embeds.ndim == 2:
             return embeds.expand(count, -1, -1)
-        videos = count // len(current.branches)
+        videos = count // len(branches)
         if embeds.shape[0] != videos:
             raise ConceptMapsValueError(
                 f"concept_embeds has batch size {embeds.shape[0]}, but {videos} videos are generated; expected "
                 f"[{videos}, concept, {embeds.shape[2]}] or [concept, {embeds.shape[2]}]"
             )
-        return torch.cat([embeds] * len(current.branches))
+        return torch.cat([embeds] * len(branches))
 
     def _score(self, current: _Pass, layer: int, taps: LayerTaps) -> None:
         masks: dict[object, torch.Tensor] = {}

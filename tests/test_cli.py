@@ -226,3 +226,12 @@ def test_help_does_not_import_torch() -> None:
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "--concepts" in result.stdout
+
+
+def test_attention_is_passed_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "maps"
+    assert cli.main(["generate", "--steps", "1", "--attention", "two_pass", "--out", str(out)]) == 2
+    assert "unknown attention 'two_pass'; expected one of exact, one_pass" in capsys.readouterr().err
+    assert not out.exists()
+    assert cli.main(["generate", "--steps", "1", "--attention", "one_pass", "--out", str(out)]) == 0
+    assert dcm.load(out / "maps.safetensors").metadata["attention"] == "one_pass"

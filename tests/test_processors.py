@@ -35,12 +35,13 @@ class Watcher:
     def __init__(self, records: bool = True) -> None:
         self.shown: list[tuple[torch.Tensor, ...]] = []
         self.answering = False
+        self.joined = None
         self._records = records
 
     def records(self, attention: Any) -> bool:
         return self._records
 
-    def observe(self, attention: Any, *tensors: torch.Tensor, text: slice, image: slice) -> None:
+    def observe(self, attention: Any, *tensors: torch.Tensor, text: slice, image: slice, concepts: None) -> None:
         self.shown.append(tuple(torch.cat([tensor[:, :, text], tensor[:, :, image]], dim=2) for tensor in tensors))
 
 

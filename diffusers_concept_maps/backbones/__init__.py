@@ -8,10 +8,20 @@ from typing import Any
 
 from torch import nn
 
-from diffusers_concept_maps.backbones._base import Backbone, Grid, Preset, Site
+from diffusers_concept_maps.backbones._base import Backbone, Grid, JoiningBackbone, Preset, Site
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
 
-__all__ = ["Backbone", "Grid", "Preset", "Site", "find_backbone", "find_transformer", "register", "supported"]
+__all__ = [
+    "Backbone",
+    "Grid",
+    "JoiningBackbone",
+    "Preset",
+    "Site",
+    "find_backbone",
+    "find_transformer",
+    "register",
+    "supported",
+]
 
 _BACKBONES: dict[str, Backbone] = {}
 

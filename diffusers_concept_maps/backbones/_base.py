@@ -154,3 +154,25 @@ class Backbone(ABC):
             if all(getattr(config, name, None) == value for name, value in preset.config.items()):
                 return preset
         return None
+
+
+class JoiningBackbone(Backbone):
+    """A family whose blocks carry a text stream that concepts can ride in, as `attention="one_pass"` needs."""
+
+    @abstractmethod
+    def join(self, arguments: Mapping[str, Any], concepts: torch.Tensor) -> dict[str, Any]:
+        """Arguments that call a block with the concepts behind its text.
+
+        Args:
+            arguments: what the block is to be called with, by name.
+            concepts: concept states `[batch, concept, width]`.
+        """
+
+    @abstractmethod
+    def part(self, block_output: Any, count: int) -> tuple[Any, torch.Tensor]:
+        """What the block would have returned without the concepts, and their states `[batch, concept, width]`.
+
+        Args:
+            block_output: what a block called with `join` returned.
+            count: number of concepts.
+        """

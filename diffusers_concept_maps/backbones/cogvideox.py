@@ -12,7 +12,7 @@ from typing import Any, ClassVar, cast
 import torch
 from diffusers.utils import logging
 
-from diffusers_concept_maps.backbones._base import Backbone, Grid, Preset, Site
+from diffusers_concept_maps.backbones._base import Grid, JoiningBackbone, Preset, Site
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
 from diffusers_concept_maps.heads import HeadSelection
 
@@ -23,7 +23,7 @@ _IMAP_SCRIPTS = (
 )
 
 
-class CogVideoXBackbone(Backbone):
+class CogVideoXBackbone(JoiningBackbone):
     """All transformers with CogVideoX blocks.
 
     Positions are rotary (5B and 1.5) or sin-cos (2B). 5B image-to-video and ConsisID have a learned table beside the
@@ -170,6 +170,16 @@ class CogVideoXBackbone(Backbone):
     def leave(self, block_output: Any) -> torch.Tensor:
         """See `Backbone.leave`; a block returns video, then text."""
         return cast(torch.Tensor, block_output[1])
+
+    def join(self, arguments: Mapping[str, Any], concepts: torch.Tensor) -> dict[str, Any]:
+        """See `JoiningBackbone.join`; text and video share norms, projections and feed-forward."""
+        text = arguments["encoder_hidden_states"]
+        return {**arguments, "encoder_hidden_states": torch.cat([text, concepts.to(text)], 1)}
+
+    def part(self, block_output: Any, count: int) -> tuple[Any, torch.Tensor]:
+        """See `JoiningBackbone.part`; the next block gets its text in the memory layout it would have had."""
+        video, text = block_output
+        return (video, text[:, :-count].contiguous()), text[:, -count:]
 
 
 def _latents_per_token(transformer: Any) -> int:

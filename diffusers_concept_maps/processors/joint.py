@@ -2,6 +2,7 @@
 
 They perform the operations of their stock class in its order, so that q, k, v and the output before its projection are
 at hand; while nothing is captured they are the stock class. Tests compare both bit for bit with every host version.
+Where concepts come along behind the text (`attention="one_pass"`), they go behind the image for the attention.
 """
 
 from __future__ import annotations
@@ -48,22 +49,30 @@ class _SharedJointProcessor(ConceptProcessor):
                 "tuple[torch.Tensor, torch.Tensor]",
                 stock.__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb),
             )
-        text = encoder_hidden_states.size(1)
-        joint = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        query, key, value = self._project(attn, joint)
-        if recorder.answering:
-            output = recorder.answer(query, key, value)
-            return self._finish(attn, output, text)
-        mask = self._prepare_mask(attn, attention_mask, joint, encoder_hidden_states)
-        if image_rotary_emb is not None:
-            query[:, :, text:] = apply_rotary_emb(query[:, :, text:], image_rotary_emb)
-            if not attn.is_cross_attention:
-                key[:, :, text:] = apply_rotary_emb(key[:, :, text:], image_rotary_emb)
-        output = functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=0.0, is_causal=False
+        joined = recorder.joined
+        count = 0 if joined is None else joined.count
+        text_states, concept_states = encoder_hidden_states.tensor_split(
+            [encoder_hidden_states.size(1) - count], dim=1
         )
-        result = self._finish(attn, output, text)
-        recorder.observe(attn, query, key, value, output, text=slice(0, text), image=slice(text, None))
+        query, key, value = self._project(attn, torch.cat([text_states, hidden_states, concept_states], dim=1))
+        text, image = text_states.size(1), hidden_states.size(1)
+        if recorder.answering:
+            return self._finish(attn, recorder.answer(query, key, value), text, image)
+        mask = self._prepare_mask(attn, attention_mask, text_states, text + image)
+        at_image = slice(text, text + image)
+        if image_rotary_emb is not None:
+            query[:, :, at_image] = apply_rotary_emb(query[:, :, at_image], image_rotary_emb)
+            if not attn.is_cross_attention:
+                key[:, :, at_image] = apply_rotary_emb(key[:, :, at_image], image_rotary_emb)
+        if joined is not None:
+            output = joined.attend(query, key, value, text, mask)
+        else:
+            output = functional.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, dropout_p=0.0, is_causal=False
+            )
+        result = self._finish(attn, output, text, image)
+        at_concepts = slice(text + image, None) if joined is not None else None
+        recorder.observe(attn, query, key, value, output, text=slice(0, text), image=at_image, concepts=at_concepts)
         return result
 
     def _project(self, attn: Attention, joint: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -82,19 +91,21 @@ class _SharedJointProcessor(ConceptProcessor):
         return attn.to_q(joint), attn.to_k(joint), attn.to_v(joint)
 
     def _prepare_mask(
-        self, attn: Attention, mask: torch.Tensor | None, joint: torch.Tensor, text: torch.Tensor
+        self, attn: Attention, mask: torch.Tensor | None, text: torch.Tensor, tokens: int
     ) -> torch.Tensor | None:
         if mask is None:
             return None
-        prepared: torch.Tensor = attn.prepare_attention_mask(mask, joint.shape[1], joint.shape[0])
-        return prepared.view(joint.shape[0], attn.heads, -1, prepared.shape[-1])
+        prepared: torch.Tensor = attn.prepare_attention_mask(mask, tokens, text.shape[0])
+        return prepared.view(text.shape[0], attn.heads, -1, prepared.shape[-1])
 
     @staticmethod
-    def _finish(attn: Attention, output: torch.Tensor, text: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output projection and dropout of `[batch, H, S, D]`, split into image and text."""
+    def _finish(attn: Attention, output: torch.Tensor, text: int, image: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output projection and dropout of `[batch, H, S, D]`, split into image and text with concepts behind it."""
         states = output.transpose(1, 2).reshape(output.shape[0], -1, output.shape[1] * output.shape[3])
         states = attn.to_out[1](attn.to_out[0](states))
-        text_states, image_states = states.split([text, states.size(1) - text], dim=1)
+        text_states, image_states, concept_states = states.tensor_split([text, text + image], dim=1)
+        if concept_states.size(1):
+            text_states = torch.cat([text_states, concept_states], dim=1)
         return image_states, text_states
 
 
@@ -124,7 +135,7 @@ class ConceptFusedCogVideoXAttnProcessor2_0(_SharedJointProcessor, FusedCogVideo
         return torch.split(projected, projected.shape[-1] // 3, dim=-1)
 
     def _prepare_mask(
-        self, attn: Attention, mask: torch.Tensor | None, joint: torch.Tensor, text: torch.Tensor
+        self, attn: Attention, mask: torch.Tensor | None, text: torch.Tensor, tokens: int
     ) -> torch.Tensor | None:
         if mask is None:
             return None
