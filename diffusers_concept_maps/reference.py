@@ -18,34 +18,7 @@ SILHOUETTE_TOKENS = 5000
 SILHOUETTE_SEED = 0
 _EPSILON = 1e-6  # keeps a constant map at zero when it is standardized
 _NO_SPREAD = 1e-10  # of squares: a spread 100,000 times smaller than the other one is rounding
-_CHUNK = 512  # rows of the pairwise distances that exist at a time
-
-
-@dataclass(frozen=True)
-class Axis:
-    """The axis along which the map of a head `[R, C, N]` is standardized.
-
-    Attributes:
-        name: "clip", over all tokens (population deviation); "text", over the C rows (unbiased deviation); or "none".
-        multiplicity: `[C]`, how many equal rows of the text axis each row stands for; None is one each.
-    """
-
-    name: str
-    multiplicity: torch.Tensor | None
-
-    def standardized(self, scores: torch.Tensor) -> torch.Tensor:
-        """`(scores - mean) / (deviation + 1e-6)` along the axis."""
-        if self.name == "none":
-            return scores
-        if self.name == "clip":
-            deviation, mean = torch.std_mean(scores, dim=-1, keepdim=True, correction=0)
-        else:
-            count = scores.new_ones(scores.shape[1]) if self.multiplicity is None else self.multiplicity
-            weight = count[:, None] / count.sum()
-            mean = (scores * weight).sum(1, keepdim=True)
-            variance = ((scores - mean).square() * weight).sum(1, keepdim=True)
-            deviation = (variance * count.sum() / (count.sum() - 1)).sqrt()
-        return (scores - mean) / (deviation + _EPSILON)
+_CHUNK = 512  # rows of a matrix of all pairs of tokens that exist at a time
 
 
 def concept_attention(
@@ -64,54 +37,94 @@ def concept_attention(
         bias = query.new_zeros(keys.shape[2])
         bias[: key.shape[2]] = multiplicity.log()
         bias = bias.expand(query.shape[2], -1)
-    return functional.scaled_dot_product_attention(query, keys, values, attn_mask=bias)  # [R, H, C, D]
+    return functional.scaled_dot_product_attention(query, keys, values, attn_mask=bias).contiguous()  # [R, H, C, D]
 
 
-def output_similarity(
-    concept_output: torch.Tensor, image_output: torch.Tensor, head_weights: torch.Tensor, axis: Axis
-) -> torch.Tensor:
-    """`sum_h w_h <concept_output_h, image_output_h>` for every concept and token `[R, C, N]`."""
+def query_key_argmax(
+    image_query: torch.Tensor, concept_key: torch.Tensor, frames: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Per frame, the token whose query best matches the key, all `[R, H, C, F]`.
 
-    def score(head: int) -> torch.Tensor:
-        return torch.matmul(concept_output[:, head].float(), image_output[:, head].float().mT)
-
-    return _weigh_heads(score, head_weights, axis)
-
-
-def query_key_similarity(
-    image_query: torch.Tensor, concept_key: torch.Tensor, head_weights: torch.Tensor, axis: Axis
-) -> torch.Tensor:
-    """`sum_h w_h <concept_key_h, image_query_h> / sqrt(D)` for every concept and token `[R, C, N]`."""
+    Its place in the frame (the lowest on ties), its logit `q k / sqrt(D)`, and by how much it leads the runner-up.
+    """
     scale = image_query.shape[-1] ** -0.5
-
-    def score(head: int) -> torch.Tensor:
-        return torch.matmul(concept_key[:, head].float() * scale, image_query[:, head].float().mT)
-
-    return _weigh_heads(score, head_weights, axis)
+    matches = []
+    for head in range(image_query.shape[1]):
+        query = image_query[:, head].float().unflatten(1, (frames, -1))  # [R, F, P, D]
+        logits = (concept_key[:, head, None].float() @ query.mT).transpose(1, 2)  # [R, C, F, P]
+        index = logits.argmax(-1, keepdim=True)
+        best = logits.gather(-1, index)
+        runner_up = logits.scatter(-1, index, -torch.inf).amax(-1, keepdim=True)
+        matches.append((index[..., 0], best[..., 0] * scale, (best - runner_up)[..., 0] * scale))
+    index, value, gap = (torch.stack(heads, 1) for heads in zip(*matches, strict=True))
+    return index, value, gap
 
 
 def gram_columns(
-    image_query: torch.Tensor,
-    concept_key: torch.Tensor,
     image_output: torch.Tensor,
+    index: torch.Tensor,
     head_weights: torch.Tensor,
-    frames: int,
-    axis: Axis,
+    standardize: str,
+    multiplicity: torch.Tensor | None,
 ) -> torch.Tensor:
-    """`sum_h w_h <X_h[f, a], X_h[f, p]>` with `a = argmax_p <q_h[f, p], k_h>`, per concept and token `[R, C, N]`."""
+    """`sum_h w_h <X_h[f, index_h], X_h[f, p]>` for every text row and token `[R, C, N]`; index is `[R, H, C, F]`."""
+    frames = index.shape[3]
 
     def score(head: int) -> torch.Tensor:
-        query = image_query[:, head].float().unflatten(1, (frames, -1))  # [R, F, P, D]
-        feature = image_output[:, head].float().unflatten(1, (frames, -1))
-        key = concept_key[:, head, None].float()  # [R, 1, C, D]
-        anchor = (key @ query.mT).argmax(-1)  # [R, F, C], the lowest index on ties
-        column = feature.gather(2, anchor[..., None].expand(-1, -1, -1, feature.shape[-1]))  # [R, F, C, D]
-        if axis.name == "text":
+        feature = image_output[:, head].float().unflatten(1, (frames, -1))  # [R, F, P, D]
+        anchor = index[:, head].mT[..., None]  # [R, F, C, 1]
+        column = feature.gather(2, anchor.expand(-1, -1, -1, feature.shape[-1]))  # [R, F, C, D]
+        if standardize == "text":
             # A z-score does not change with a shift: texts of equal anchors get exactly 0, not magnified rounding.
             column = column - column[:, :, -1:]
         return torch.matmul(column, feature.mT).transpose(1, 2).flatten(2)
 
-    return _weigh_heads(score, head_weights, axis)
+    return _weigh_heads(score, head_weights, standardize, multiplicity)
+
+
+def similarity(
+    concept: torch.Tensor,
+    image: torch.Tensor,
+    head_weights: torch.Tensor,
+    scale: float,
+    standardize: str,
+    multiplicity: torch.Tensor | None,
+) -> torch.Tensor:
+    """`sum_h w_h scale <concept_h, image_h>` for every text row and token `[R, C, N]`."""
+
+    def score(head: int) -> torch.Tensor:
+        return torch.matmul(concept[:, head].float() * scale, image[:, head].float().mT)
+
+    return _weigh_heads(score, head_weights, standardize, multiplicity)
+
+
+def accumulate_similarity_(
+    total: torch.Tensor, concept: torch.Tensor, image: torch.Tensor, head_weights: torch.Tensor, scale: float
+) -> None:
+    """Add `similarity` to `total` `[R, C, N]`."""
+    total.add_(similarity(concept, image, head_weights, scale, "none", None))
+
+
+def attention_probabilities(
+    image_query: torch.Tensor,
+    text_key: torch.Tensor,
+    tokens: torch.Tensor,
+    head_weights: torch.Tensor,
+    image_key: torch.Tensor | None,
+) -> torch.Tensor:
+    """`sum_h w_h` times the probability that an image query gives to text key `tokens[c]`, `[R, C, N]`.
+
+    The softmax is over the text keys, followed by the image keys where those are given.
+    """
+    scale = image_query.shape[-1] ** -0.5
+
+    def score(head: int) -> torch.Tensor:
+        keys = text_key[:, head] if image_key is None else torch.cat([text_key[:, head], image_key[:, head]], 1)
+        queries = image_query[:, head].float() * scale
+        parts = [torch.matmul(part, keys.float().mT).softmax(-1)[..., tokens] for part in queries.split(_CHUNK, 1)]
+        return torch.cat(parts, 1).mT.contiguous()  # [R, C, N]
+
+    return _weigh_heads(score, head_weights, "none", None)
 
 
 @dataclass(frozen=True)
@@ -140,14 +153,31 @@ class FrameStatistics:
         return (ratio > _NO_SPREAD) & (ratio < 1 / _NO_SPREAD)
 
 
-def frame_statistics(image_output: torch.Tensor, frames: int) -> FrameStatistics:
-    """The statistics of the features `[R, H, N, D]` of every head."""
+def frame_statistics(image_output: torch.Tensor, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`mean` and `within` of `FrameStatistics` for the features `[R, H, N, D]` of every head."""
     means, withins = [], []
     for head in image_output.unbind(1):
         feature = _centered(head, frames)
         means.append(feature.mean(2))
         withins.append((feature - means[-1][:, :, None]).square().sum((1, 2, 3)))
-    return FrameStatistics(torch.stack(means, 1), torch.stack(withins, 1), image_output.shape[2])
+    return torch.stack(means, 1), torch.stack(withins, 1)
+
+
+def frame_spread(image_output: torch.Tensor, mean: torch.Tensor, frames: int) -> torch.Tensor:
+    """Mean distance of the tokens of every frame to their mean, the `mean` of `frame_statistics`, `[R, H, F]`."""
+    spreads = []
+    for index, head in enumerate(image_output.unbind(1)):
+        deviation = _centered(head, frames) - mean[:, index, :, None]
+        spreads.append(torch.linalg.vector_norm(deviation, dim=-1).mean(-1))
+    return torch.stack(spreads, 1)
+
+
+def similarity_and_statistics(
+    concept_output: torch.Tensor, image_output: torch.Tensor, head_weights: torch.Tensor, frames: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`similarity`, neither scaled nor standardized, and the two results of `frame_statistics`."""
+    scores = similarity(concept_output, image_output, head_weights, 1.0, "none", None)
+    return scores, *frame_statistics(image_output, frames)
 
 
 def calinski_harabasz(statistics: FrameStatistics) -> torch.Tensor:
@@ -162,18 +192,12 @@ def fisher(statistics: FrameStatistics) -> torch.Tensor:
     return statistics.between / (statistics.within + 1e-12)
 
 
-def davies_bouldin(image_output: torch.Tensor, statistics: FrameStatistics) -> torch.Tensor:
-    """`mean_f max_g (s_f + s_g) / |m_f - m_g|` of every head `[R, H]`, s_f the mean distance of the tokens to m_f.
+def davies_bouldin(statistics: FrameStatistics, spread: torch.Tensor) -> torch.Tensor:
+    """`mean_f max_g (s_f + s_g) / |m_f - m_g|` of every head `[R, H]`, s the `frame_spread` `[R, H, F]`.
 
     Frames with the same mean are not compared; 0.0 where no two frames differ.
     """
-    mean, frames = statistics.mean, statistics.mean.shape[2]
-    spreads = []
-    for index, head in enumerate(image_output.unbind(1)):
-        deviation = _centered(head, frames) - mean[:, index, :, None]
-        spreads.append(torch.linalg.vector_norm(deviation, dim=-1).mean(-1))
-    spread = torch.stack(spreads, 1)  # [R, H, F]
-    distance = _distances(mean, mean)  # [R, H, F, F]
+    distance = _distances(statistics.mean, statistics.mean)  # [R, H, F, F]
     ratio = (spread[..., None] + spread[..., None, :]) / distance.masked_fill(distance == 0, torch.inf)
     return ratio.amax(-1).mean(-1)
 
@@ -229,11 +253,40 @@ def _distances(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return torch.cdist(left, right, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def _weigh_heads(score: Callable[[int], torch.Tensor], head_weights: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """Sum `score(head)`, standardized where asked for, over the heads."""
+def _weigh_heads(
+    score: Callable[[int], torch.Tensor],
+    head_weights: torch.Tensor,
+    standardize: str,
+    multiplicity: torch.Tensor | None,
+) -> torch.Tensor:
+    """Sum `score(head)` `[R, C, N]`, standardized where asked for, over the heads.
+
+    A head of weight 0 is left out, NaN or not.
+    """
     total: torch.Tensor | None = None
     for head in range(head_weights.shape[1]):
-        map_of_head = axis.standardized(score(head)) * head_weights[:, head, None, None]
+        weight = head_weights[:, head, None, None]
+        map_of_head = _standardized(score(head), standardize, multiplicity) * weight
+        map_of_head.masked_fill_(weight == 0, 0.0)
         total = map_of_head if total is None else total.add_(map_of_head)
     assert total is not None  # a model has at least one head
     return total
+
+
+def _standardized(scores: torch.Tensor, standardize: str, multiplicity: torch.Tensor | None) -> torch.Tensor:
+    """`(scores - mean) / (deviation + 1e-6)` of the map of a head `[R, C, N]`, or the map as it is for "none".
+
+    "clip" is over all tokens (population deviation); "text" is over the C rows (unbiased deviation), each of which
+    stands for `multiplicity` equal ones.
+    """
+    if standardize == "none":
+        return scores
+    if standardize == "clip":
+        deviation, mean = torch.std_mean(scores, dim=-1, keepdim=True, correction=0)
+    else:
+        count = scores.new_ones(scores.shape[1]) if multiplicity is None else multiplicity
+        weight = count[:, None] / count.sum()
+        mean = (scores * weight).sum(1, keepdim=True)
+        variance = ((scores - mean).square() * weight).sum(1, keepdim=True)
+        deviation = (variance * count.sum() / (count.sum() - 1)).sqrt()
+    return (scores - mean) / (deviation + _EPSILON)

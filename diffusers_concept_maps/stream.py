@@ -114,7 +114,8 @@ class ConceptStream:
         if self._reads == "none":
             output = value
         elif self._reads == "image":
-            output = torch.nn.functional.scaled_dot_product_attention(query, image_key, image_value)
+            nothing = query.new_zeros(query.shape[2])  # how often each concept's own key counts
+            output = ops.concept_attention(query, key, value, image_key, image_value, nothing)
         else:
             seen = slice(None) if self._reads == "both" else slice(0, 0)
             output = ops.concept_attention(

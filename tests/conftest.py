@@ -1,4 +1,4 @@
-"""Set-up of the whole suite: one thread per process, no network, quiet libraries."""
+"""Set-up of the whole suite: one thread per process, no network, quiet libraries, kernels without a GPU."""
 
 from __future__ import annotations
 
@@ -17,8 +17,12 @@ os.environ.update(
     TRANSFORMERS_VERBOSITY="error",
 )
 
-import diffusers
 import torch
+
+# Where there is no GPU, kernels run in Triton's interpreter. Triton reads this when it is imported, as diffusers does.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
+import diffusers
 import transformers
 from hypothesis import settings
 

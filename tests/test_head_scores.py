@@ -17,7 +17,7 @@ from sklearn.metrics import calinski_harabasz_score, davies_bouldin_score, silho
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from diffusers_concept_maps import ConceptMapsValueError, HeadSelection, ops, reference
+from diffusers_concept_maps import ConceptMapsValueError, HeadSelection, dispatch, ops, reference
 
 ROWS, HEADS, FRAMES, PLACES, WIDTH = 2, 6, 3, 20, 8
 TOKENS = FRAMES * PLACES
@@ -270,6 +270,9 @@ class Watch(TorchDispatchMode):
         self.waits: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == dispatch.NAMESPACE:  # look inside
+            with self:
+                return getattr(reference, func._opname)(*args)
         result = func(*args, **(kwargs or {}))
         name = str(func).split(".")[1]
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]

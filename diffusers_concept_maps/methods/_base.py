@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 
+from diffusers_concept_maps import ops
 from diffusers_concept_maps.heads import HeadSelection
 
 METHODS: dict[str, Method] = {}
@@ -34,6 +36,11 @@ class LayerTaps:
     text_output: torch.Tensor  # [R, H, T, D]
     frames: int
     multiplicity: torch.Tensor | None = None  # [T], how many equal rows each row of the text axis stands for
+
+    @cached_property
+    def anchors(self) -> torch.Tensor:
+        """Place in its frame of the image token whose query best matches each text key, int64 `[R, H, T, F]`."""
+        return ops.query_key_argmax(self.image_query, self.text_key, self.frames)[0]
 
     def head(self, index: int) -> LayerTaps:
         """The same layer as if it had this head only."""

@@ -18,13 +18,11 @@ class CrossAttention(Method):
 
     def score(self, taps: LayerTaps, heads: torch.Tensor, rules: Rules) -> torch.Tensor:
         """See `Method.score`."""
-        weights = mean_weights(heads)
-        if not rules.scaled:
-            weights = weights * taps.image_query.shape[-1] ** 0.5
         return ops.query_key_similarity(
             taps.image_query,
             taps.text_key,
-            weights,
+            mean_weights(heads),
+            scaled=rules.scaled,
             standardize=rules.standardize,
             multiplicity=taps.multiplicity,
         )

@@ -24,11 +24,9 @@ class GramCol(Method):
     def score(self, taps: LayerTaps, heads: torch.Tensor, rules: Rules) -> torch.Tensor:
         """See `Method.score`."""
         return ops.gram_columns(
-            taps.image_query,
-            taps.text_key,
             taps.image_output,
+            taps.anchors,
             heads if rules.sum_heads else mean_weights(heads),
-            taps.frames,
             standardize=rules.standardize,
             multiplicity=taps.multiplicity,
         )

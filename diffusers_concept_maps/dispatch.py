@@ -1,0 +1,186 @@
+"""The ops as PyTorch knows them, and which code runs them: the reference, or on a GPU a kernel that is enabled.
+
+They are custom ops of the namespace `diffusers_concept_maps`, so that `torch.compile` keeps them whole. Arguments are
+those of the functions of the same name in `reference` or `reference_matching`, and in `concept_map_kernels`; `ops`
+checks them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType
+from typing import Any
+
+import torch
+from diffusers.utils import logging
+
+from diffusers_concept_maps import reference, reference_matching
+from diffusers_concept_maps.errors import ConceptMapsValueError
+
+__all__ = [
+    "BACKENDS",
+    "NAMESPACE",
+    "accumulate_similarity_",
+    "attention_probabilities",
+    "concept_attention",
+    "frame_spread",
+    "frame_statistics",
+    "gram_columns",
+    "query_key_argmax",
+    "segment_attention",
+    "similarity",
+    "similarity_and_statistics",
+    "temporal_matching",
+    "use_backend",
+]
+
+NAMESPACE = "diffusers_concept_maps"
+BACKENDS = ("auto", "kernels", "reference")
+_OLDEST_TRITON = (3, 6)
+_FAILURES = (AttributeError, ImportError, OSError, RuntimeError, TypeError)  # of the import of a broken triton
+_backend: ContextVar[str] = ContextVar("backend", default="auto")
+
+logger = logging.get_logger(__name__)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Choose the code of the ops inside of a `with` block.
+
+    Args:
+        name: "auto", kernels for tensors on a GPU alone; "reference"; or "kernels", which treats every device like a
+            GPU: tensors on the CPU need Triton's interpreter, that is TRITON_INTERPRET=1 before triton is imported.
+            What no kernel is enabled for runs on the reference in any case.
+
+    Raises:
+        ConceptMapsValueError: unknown name.
+    """
+    if name not in BACKENDS:
+        raise ConceptMapsValueError(f"unknown backend {name!r}; expected one of {', '.join(BACKENDS)}")
+    token = _backend.set(name)
+    try:
+        yield
+    finally:
+        _backend.reset(token)
+
+
+def _kernels_for(device: torch.device) -> ModuleType | None:
+    """The kernel package if tensors on the device are for kernels, and there is one that can be imported."""
+    backend = _backend.get()
+    if backend == "reference" or (backend == "auto" and device.type != "cuda"):  # "cuda" is ROCm's name, too
+        return None
+    return _load_kernels()
+
+
+@functools.cache
+def _load_kernels() -> ModuleType | None:
+    """The kernel package; None, after a warning, where triton is missing, old or broken."""
+    try:
+        triton = importlib.import_module("triton")
+        version = re.match(r"(\d+)\.(\d+)", triton.__version__)
+        if version is not None and tuple(map(int, version.groups())) >= _OLDEST_TRITON:
+            return importlib.import_module("concept_map_kernels")
+        reason = f"triton {triton.__version__} is too old"
+    except _FAILURES as error:
+        reason = f"triton cannot be imported ({type(error).__name__}: {error})"
+    logger.warning(
+        f"Concept maps run on PyTorch alone, slower than with their Triton kernels: {reason}. To use the kernels, "
+        f"install triton {'.'.join(map(str, _OLDEST_TRITON))} or newer: pip install 'diffusers-concept-maps[kernels]'"
+    )
+    return None
+
+
+def _register(
+    function: Callable[..., Any], fake: Callable[..., Any], mutates: tuple[str, ...] = ()
+) -> Callable[..., Any]:
+    """Make a custom op of a reference function.
+
+    Args:
+        function: of the reference; the op has its name and arguments, all of them positional.
+        fake: empty tensors like its results.
+        mutates: names of the arguments that it writes to.
+    """
+    name, home = function.__name__, sys.modules[function.__module__]
+
+    @functools.wraps(function)
+    def run(*arguments: Any) -> Any:
+        kernels = _kernels_for(arguments[0].device)
+        enabled = kernels is not None and kernels.supports(name, *arguments)
+        return getattr(kernels if enabled else home, name)(*arguments)
+
+    op = torch.library.custom_op(f"{NAMESPACE}::{name}", run, mutates_args=mutates)
+    op.register_fake(fake)
+    return op
+
+
+def _fake_argmax(
+    image_query: torch.Tensor, concept_key: torch.Tensor, frames: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    shape = (*concept_key.shape[:3], frames)
+    index = concept_key.new_empty(shape, dtype=torch.int64)
+    return index, _floats(index, shape), _floats(index, shape)
+
+
+def _fake_statistics(image_output: torch.Tensor, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, heads, _, width = image_output.shape
+    return _floats(image_output, (rows, heads, frames, width)), _floats(image_output, (rows, heads))
+
+
+def _fake_matching(
+    source_query: torch.Tensor,
+    source_key: torch.Tensor,
+    target_query: torch.Tensor,
+    target_key: torch.Tensor,
+    tokens: torch.Tensor,
+    head_weights: torch.Tensor,
+    frames: int,
+    *_: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    shape = (*tokens.shape, frames)
+    return tokens.new_empty(shape), _floats(tokens, shape), _floats(tokens, shape), _floats(tokens, (*shape, 2))
+
+
+def _fake_segments(
+    image_query: torch.Tensor,
+    tokens: torch.Tensor,
+    text_key: torch.Tensor,
+    image_key: torch.Tensor,
+    text_mask: torch.Tensor | None,
+    head_weights: torch.Tensor,
+    frames: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (*tokens.shape, 1 + frames)
+    return _floats(tokens, shape), _floats(tokens, shape)
+
+
+def _floats(like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    return like.new_empty(shape, dtype=torch.float32)
+
+
+def _map(texts: int, image: torch.Tensor) -> torch.Tensor:
+    return _floats(image, (image.shape[0], texts, image.shape[2]))
+
+
+concept_attention = _register(reference.concept_attention, lambda query, *_: query.new_empty(query.shape))
+query_key_argmax = _register(reference.query_key_argmax, _fake_argmax)
+gram_columns = _register(reference.gram_columns, lambda output, index, *_: _map(index.shape[2], output))
+similarity = _register(reference.similarity, lambda concept, image, *_: _map(concept.shape[2], image))
+accumulate_similarity_ = _register(reference.accumulate_similarity_, lambda *_: None, mutates=("total",))
+attention_probabilities = _register(
+    reference.attention_probabilities, lambda query, key, tokens, *_: _map(tokens.shape[0], query)
+)
+frame_statistics = _register(reference.frame_statistics, _fake_statistics)
+frame_spread = _register(reference.frame_spread, lambda output, mean, frames: _floats(output, mean.shape[:3]))
+similarity_and_statistics = _register(
+    reference.similarity_and_statistics,
+    lambda concept, image, weights, frames: (_map(concept.shape[2], image), *_fake_statistics(image, frames)),
+)
+temporal_matching = _register(reference_matching.temporal_matching, _fake_matching)
+segment_attention = _register(reference_matching.segment_attention, _fake_segments)
