@@ -169,7 +169,7 @@ def trace(
             default: all heads, and for "imap" the five with the best frame separability.
         concept_embeds: float tensor `[concept, dim]` or `[batch, concept, dim]` in text-encoder space, instead of text
             encoding; `concepts` are then their names.
-        token_policy: how the tokens of a concept become one embedding: "mean", "first" or "last".
+        token_policy: how the tokens of a concept that is encoded become one embedding: "mean", "first" or "last".
         normalize: "none" the raw scores; "softmax" over the concepts; "zscore" every head's map standardized over the
             clip; None the method's default ("softmax" for "concept_attention" and "cross_attention", "none" where
             there is one concept only; "zscore" for "gramcol" and "imap"). See `docs/methods/`.
