@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
     from diffusers_concept_maps.maps import ConceptMaps
 
-DEFAULT_PROMPT = "a red circle moving right and a blue square standing still on dark background"
+DEFAULT_PROMPT = "a red circle moving right and a blue square moving right on dark background"
 DEFAULT_CONCEPTS = ("red", "blue", "background")
-DEFAULT_SEED = 2
+DEFAULT_SEED = 0
 _SHOWN_WIDTH = 320  # pixels; videos smaller than that are enlarged so that a person can see them
 
 
@@ -64,7 +64,7 @@ def _register_generate(commands: Any) -> None:
         "--steps", type=_positive, help="denoising steps; default: the pipeline's, 20 for the embedded model"
     )
     parser.add_argument("--seed", type=_seed, default=DEFAULT_SEED, help="default: %(default)s")
-    parser.add_argument("--guidance-scale", type=float, help="default: the pipeline's, 1.5 for the embedded model")
+    parser.add_argument("--guidance-scale", type=float, help="default: the pipeline's, 4 for the embedded model")
     parser.add_argument("--fps", type=_positive, default=8, help="of the videos written; default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("concept_maps"), metavar="DIR", help="default: %(default)s")
     parser.set_defaults(run=_generate)

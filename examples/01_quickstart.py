@@ -23,9 +23,9 @@ def main() -> None:
     pipe = dcm.load_shapes_pipeline()
     with dcm.trace(pipe, concepts=["red", "blue", "background"], methods=["concept_attention", "imap"]) as maps:
         frames = pipe(
-            "a red circle moving right and a blue square standing still on dark background",
+            "a red circle moving right and a blue square moving right on dark background",
             num_inference_steps=options.steps,
-            guidance_scale=1.5,
+            guidance_scale=4.0,
             generator=torch.Generator().manual_seed(2),
             max_sequence_length=20,  # the embedded model's position table is for 20 text tokens
         ).frames[0]

@@ -29,7 +29,7 @@ def main() -> None:
         frames = pipe(
             "a green triangle moving up and a yellow circle moving left on dark background",
             num_inference_steps=options.steps,
-            guidance_scale=1.5,
+            guidance_scale=4.0,
             generator=torch.Generator().manual_seed(2),
             max_sequence_length=20,
         ).frames[0]

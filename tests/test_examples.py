@@ -49,7 +49,7 @@ def test_three_added_lines_change_no_frame(tmp_path: Path) -> None:
     frames = pipe(
         "a green triangle moving up and a yellow circle moving left on dark background",
         num_inference_steps=2,
-        guidance_scale=1.5,
+        guidance_scale=4.0,
         generator=torch.Generator().manual_seed(2),
         max_sequence_length=20,
     ).frames[0]

@@ -49,7 +49,7 @@ def training_captions(scenes: Scenes, rng: np.random.Generator) -> list[str]:
     """Captions as the model is trained on them.
 
     8% are empty (for classifier-free guidance), 6% are a single word or motion (so that a concept alone is in
-    distribution), 8% name one object only, 15% leave any attributes out and 25% the colors, so that what is left is
+    distribution), 2% name one object only, 15% leave any attributes out and 25% the colors, so that what is left is
     the only handle on an object; the rest are complete. Objects come in random order.
     """
     return [_training_caption(scenes, i, rng) for i in range(len(scenes))]
@@ -62,7 +62,7 @@ def _training_caption(scenes: Scenes, i: int, rng: np.random.Generator) -> str:
         return ""
     if kind < 0.14:
         return _single_word(scenes, i, int(slots[0]), rng)
-    if kind < 0.22:
+    if kind < 0.16:
         slots = slots[:1]
     parts = [_described(scenes, i, int(slot), kind, rng) for slot in slots]
     text = " and ".join(parts)
@@ -83,8 +83,8 @@ def _single_word(scenes: Scenes, i: int, slot: int, rng: np.random.Generator) ->
 
 def _described(scenes: Scenes, i: int, slot: int, kind: float, rng: np.random.Generator) -> str:
     color = shape = motion = True
-    if 0.22 <= kind < 0.37:
+    if 0.16 <= kind < 0.31:
         color, shape, motion = (bool(keep) for keep in rng.random(3) < 0.5)
-    elif 0.37 <= kind < 0.62:
+    elif 0.31 <= kind < 0.56:
         color = False
     return describe(scenes, i, slot, color=color, shape=shape, motion=motion or not (color or shape))

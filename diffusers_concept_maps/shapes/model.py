@@ -21,7 +21,7 @@ from diffusers_concept_maps.shapes.scenes import FRAMES, HEIGHT, WIDTH
 
 HIDDEN, HEADS, LAYERS, PATCH, TEXT_HIDDEN = 128, 4, 5, 4, 64
 
-STEPS, GUIDANCE_SCALE = 20, 1.5
+STEPS, GUIDANCE_SCALE = 20, 4.0
 """Denoising steps, and the guidance scale that does best on noise of the development seed (docs/shapes_model.md)."""
 
 _SPECIAL = ("<pad>", "</s>", "<unk>")

@@ -32,18 +32,18 @@ def pipe() -> CogVideoXPipeline:
 def hits(pipe: CogVideoXPipeline) -> np.ndarray:
     scenes = frozen.contrast_scenes(48, frozen.EVALUATION_SEED, "color")
     embeds = word_embeds(pipe, scenes, "color", CHOSEN.place.words)
-    maps = read_real(pipe, scenes, embeds, CHOSEN.place.noise_level, [CHOSEN.read.method])
+    maps = read_real(pipe, scenes, embeds, CHOSEN.place.noise_level, frozen.EVALUATION_SEED, [CHOSEN.read.method])
     return contrast_hits(maps[CHOSEN.read][CHOSEN.layer], object_weights(scenes.masks))
 
 
 def test_slice_of_the_generation_gates(pipe: CogVideoXPipeline) -> None:
     rates = generation.score_generation(pipe, frozen.generation_prompts()[:24])
-    assert rates["present"] >= 0.7
-    assert rates["color"] >= 0.7
+    assert min(rates["present"], rates["color"]) >= 0.85
+    assert min(rates["coherent"], rates["shape"], rates["motion"]) >= 0.75
 
 
 def test_slice_of_the_contrast_gate(pipe: CogVideoXPipeline) -> None:
-    assert hits(pipe).mean() >= 0.75
+    assert hits(pipe).mean() >= 0.85
 
 
 def test_untrained_weights_are_at_chance() -> None:
@@ -108,7 +108,8 @@ def test_controls_read_what_was_chosen(pipe: CogVideoXPipeline, monkeypatch: pyt
     monkeypatch.setattr(frozen, "ABSENT_CLIPS", 160)
     untrained, absent = controls.control_results(pipe, "color", CHOSEN)
     assert untrained.note.endswith("3 clusters")
-    assert absent.note.endswith("6 clusters")
+    assert absent.note.endswith("clusters")
+    assert 10 <= int(absent.note.split()[-2]) <= 16
     assert 0.35 < absent.value < 0.65
 
 

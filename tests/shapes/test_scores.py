@@ -55,17 +55,19 @@ def test_hit_is_the_difference_of_means() -> None:
     assert contrast_hits(maps, weights).tolist() == [False]  # (2.4 + 0.5) / 1.5 < 2
 
 
-def test_late_hits_see_the_start_and_not_the_clock(scenes: Scenes, weights: torch.Tensor) -> None:
+def test_late_hits_see_the_start_of_their_word_and_not_the_clock(scenes: Scenes, weights: torch.Tensor) -> None:
+    """A map that rises with the clock, and a map of all motion that both words share, earn nothing."""
     start = scenes.start[:, 0]
-    moving = torch.from_numpy(np.arange(FRAMES) >= start[:, None]).float()
-    clock = torch.arange(FRAMES).float()[None, :, None].expand(24, FRAMES, 64)
-    on_object = weights[:, 0].unflatten(-1, (FRAMES, -1)) > 0
-    rising = clock + 0.1 * moving[..., None] * on_object
-    falling = clock - 0.1 * moving[..., None] * on_object
-    maps = torch.stack([rising, falling])[:, :, None].flatten(3)
-    assert late_hits(maps, weights, start).tolist() == [[True] * 24, [False] * 24]
-    by_clock = clock[:, None].flatten(2).double()
-    assert not late_hits(by_clock + 0, weights.double(), start).all()  # late frames alone earn nothing
+    moving = torch.from_numpy(np.arange(FRAMES) >= start[:, None]).double()
+    shares = weights.double()
+    clock = torch.arange(FRAMES).double()[None, :, None].expand(24, FRAMES, 64).flatten(1)
+    rise = (moving[..., None] * (shares[:, 0].unflatten(-1, (FRAMES, -1)) > 0)).flatten(1)
+    energy = clock + 5 * rise
+    right, wrong = torch.stack([energy + 0.1 * rise, energy], 1), torch.stack([energy, energy + 0.1 * rise], 1)
+    assert late_hits(torch.stack([right, wrong]), shares, start).tolist() == [[True] * 24, [False] * 24]
+    assert not late_hits(torch.stack([energy, energy], 1), shares, start).any()
+    by_clock = torch.stack([clock + 0.1 * rise, torch.zeros_like(clock)], 1)
+    assert late_hits(by_clock, shares, start).all()  # the other object takes the clock's rise off
 
 
 def test_average_precision_is_that_of_scikit_learn() -> None:

@@ -29,8 +29,8 @@ def control_results(pipe: CogVideoXPipeline, word: str, choice: Choice) -> Itera
     models = np.repeat(np.arange(frozen.CONTROL_MODELS), frozen.CONTROL_CLIPS)
     yield at_chance(f"control of {word} words: untrained models", np.concatenate(untrained), models)
     scenes, others = frozen.absent_scenes(frozen.ABSENT_CLIPS, EVALUATION_SEED, word)
-    hits = _hits(pipe, scenes, word_embeds(pipe, others, word, choice.place.words), choice)
-    pairs = np.sort(getattr(others, word), 1) @ (len(frozen.WORDS_OF[word]), 1)
+    hits = _hits(pipe, scenes, word_embeds(pipe, others, word, choice.place.words), choice, EVALUATION_SEED)
+    pairs = scenes.color @ (len(frozen.WORDS_OF["color"]), 1)
     yield at_chance(f"control of {word} words: absent words", hits, pairs)
 
 
@@ -39,11 +39,11 @@ def _untrained_hits(seed: int, word: str, choice: Choice) -> np.ndarray:
         torch.manual_seed(seed)
         pipe = build_pipeline(build_transformer(), build_text_encoder())
     scenes = frozen.contrast_scenes(frozen.CONTROL_CLIPS, EVALUATION_SEED + 1 + seed, word)
-    return _hits(pipe, scenes, word_embeds(pipe, scenes, word, choice.place.words), choice)
+    return _hits(pipe, scenes, word_embeds(pipe, scenes, word, choice.place.words), choice, seed)
 
 
-def _hits(pipe: CogVideoXPipeline, scenes: Scenes, embeds: torch.Tensor, choice: Choice) -> np.ndarray:
-    readings = read_real(pipe, scenes, embeds, choice.place.noise_level, [choice.read.source_method])
+def _hits(pipe: CogVideoXPipeline, scenes: Scenes, embeds: torch.Tensor, choice: Choice, seed: int) -> np.ndarray:
+    readings = read_real(pipe, scenes, embeds, choice.place.noise_level, seed, [choice.read.source_method])
     return contrast_hits(readings[choice.read][choice.layer], object_weights(scenes.masks))
 
 

@@ -27,6 +27,9 @@ from diffusers_concept_maps.shapes.scenes import (
 DEVELOPMENT_SEED, EVALUATION_SEED, NOISE_SEED = 20_001, 20_002, 20_003
 DEVELOPMENT_CLIPS, EVALUATION_CLIPS = 128, 256
 GENERATED_DEVELOPMENT_CLIPS, GENERATED_EVALUATION_CLIPS = 96, 192
+LEAST_GENERATED = 48
+"""Generated clips that must show what their prompt says of an attribute, or its maps are not read on them."""
+
 JUDGE_CLIPS, PROMPTS, PAIR_PROMPTS = 700, 120, 60
 CONTROL_MODELS, CONTROL_CLIPS, ABSENT_CLIPS = 40, 48, 1024
 
@@ -106,6 +109,11 @@ def contrast_scenes(n: int, seed: int, word: str, *, held_out: bool = False) -> 
 def described_scenes(n: int, seed: int) -> Scenes:
     """Two-object scenes that differ in all three attributes, so that a judge can tell the objects by their color."""
     return _draw(n, seed, lambda scenes: np.logical_and.reduce([_differ(scenes, word) for word in WORDS_OF]))
+
+
+def mover_scenes(n: int, seed: int) -> Scenes:
+    """Two-object scenes in which both objects move, each in its own way."""
+    return _draw(n, seed, lambda scenes: (scenes.motion != STILL).all(1))
 
 
 def late_scenes(n: int, seed: int) -> Scenes:

@@ -134,7 +134,12 @@ def _encode(pipe: CogVideoXPipeline, texts: Sequence[str]) -> torch.Tensor:
 
 @torch.no_grad()
 def read_real(
-    pipe: CogVideoXPipeline, scenes: Scenes, embeds: torch.Tensor, noise_level: float, methods: Sequence[str] = METHODS
+    pipe: CogVideoXPipeline,
+    scenes: Scenes,
+    embeds: torch.Tensor,
+    noise_level: float,
+    seed: int,
+    methods: Sequence[str] = METHODS,
 ) -> dict[Read, torch.Tensor]:
     """Noise real clips, send them through the transformer once with their full captions, and read the maps.
 
@@ -143,6 +148,7 @@ def read_real(
         scenes: the clips.
         embeds: concepts `[clip, concept, width]`.
         noise_level: 0 (clean) to 1 (noise only), as a fraction of the scheduler's time steps.
+        seed: of the noise.
         methods: of `METHODS`.
 
     Returns:
@@ -154,7 +160,7 @@ def read_real(
     if not 0 <= noise_level < 1:
         raise ConceptMapsValueError(f"noise_level is {noise_level}; expected 0 (clean) to less than 1 (noise only)")
     timesteps = torch.full((len(scenes),), int(noise_level * pipe.scheduler.config.num_train_timesteps))
-    noise = torch.randn(scenes.video.shape, generator=torch.Generator().manual_seed(NOISE_SEED))
+    noise = torch.randn(scenes.video.shape, generator=torch.Generator().manual_seed(NOISE_SEED + seed))
     noisy = pipe.scheduler.add_noise(scenes.video, noise, timesteps)
     prompt = _encode(pipe, full_captions(scenes))
     parts = []

@@ -30,21 +30,24 @@ def contrast_hits(maps: torch.Tensor, weights: torch.Tensor) -> np.ndarray:
 
 
 def late_hits(maps: torch.Tensor, weights: torch.Tensor, start: np.ndarray) -> np.ndarray:
-    """Whether the map of a motion word rises on its object when that object starts to move.
+    """Whether the maps of two motion words part on an object when that object starts to move.
 
-    The rise is that of the mean over the object's tokens, from its waiting to its moving frames. The rise between the
-    same frames on the other object, which does not start then, is taken off: a map that favors late frames gains
-    nothing. A hit is a rise that is left.
+    What rises is the map of the object's word minus that of the other object's word, as a mean over the object's
+    tokens, from its waiting to its moving frames: a map of motion that knows no word gains nothing. The rise between
+    the same frames on the other object, which does not start then, is taken off: neither does a map that favors late
+    frames. A hit is a rise that is left.
 
     Args:
-        maps: `[..., clip, concept, token]`, the first concept being the motion of the object of slot 0.
+        maps: `[..., clip, concept, token]`, the first two concepts being the motions of both objects.
         weights: share of every token in an object `[clip, 2, token]`.
         start: frame in which the object of slot 0 starts `[clip]`, at least 1.
 
     Returns:
         Bool array `[..., clip]`.
     """
-    scores = maps[..., 0, :].unflatten(-1, (FRAMES, -1))[..., None, :, :]  # [..., clip, 1, frame, token of a frame]
+    scores = (maps[..., 0, :] - maps[..., 1, :]).unflatten(-1, (FRAMES, -1))[
+        ..., None, :, :
+    ]  # [..., clip, 1, frame, token of a frame]
     shares = weights.unflatten(-1, (FRAMES, -1))
     per_frame = (scores * shares).sum(-1) / shares.sum(-1)  # [..., clip, 2, frame]
     moves = torch.from_numpy(np.arange(FRAMES) >= start[:, None])[:, None]
