@@ -75,7 +75,27 @@ def _kernels_for(device: torch.device) -> ModuleType | None:
     backend = _backend.get()
     if backend == "reference" or (backend == "auto" and device.type != "cuda"):  # "cuda" is ROCm's name, too
         return None
-    return _load_kernels()
+    kernels = _load_kernels()
+    return kernels if kernels is not None and _runs(kernels, device) else None
+
+
+@functools.cache
+def _runs(kernels: ModuleType, device: torch.device) -> bool:
+    """Whether a kernel can be launched on a device, tried once; if not, a warning says why.
+
+    A compiler that is missing or fails shows at the first launch, which is inside of a user's pipeline.
+    """
+    try:
+        tokens = torch.zeros(1, 1, 16, 32, dtype=torch.float16, device=device)
+        kernels.similarity(tokens, tokens, torch.ones(1, 1, device=device), 1.0, "none", None)
+    except Exception as error:  # noqa: BLE001  # whatever a compiler raises must not reach the frames
+        logger.warning(
+            f"Concept maps run on PyTorch alone on {device}, slower than with their Triton kernels, because a kernel "
+            f"cannot be launched there ({type(error).__name__}: {str(error)[:200]}). To use the kernels, mend the "
+            f"installation of triton; it needs a C compiler and a GPU that it supports."
+        )
+        return False
+    return True
 
 
 @functools.cache
@@ -88,7 +108,7 @@ def _load_kernels() -> ModuleType | None:
             return importlib.import_module("concept_map_kernels")
         reason = f"triton {triton.__version__} is too old"
     except _FAILURES as error:
-        reason = f"triton cannot be imported ({type(error).__name__}: {error})"
+        reason = f"triton or concept_map_kernels cannot be imported ({type(error).__name__}: {error})"
     logger.warning(
         f"Concept maps run on PyTorch alone, slower than with their Triton kernels: {reason}. To use the kernels, "
         f"install triton {'.'.join(map(str, _OLDEST_TRITON))} or newer: pip install 'diffusers-concept-maps[kernels]'"

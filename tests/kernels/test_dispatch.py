@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import product
@@ -90,7 +91,8 @@ def test_the_reference_runs_where_it_is_asked_for(name: str, device: torch.devic
 @pytest.mark.parametrize(
     ("backend", "devices"), [("auto", {"cuda"}), ("kernels", {"cuda", "cpu", "mps"}), ("reference", set())]
 )
-def test_devices(backend: str, devices: set[str]) -> None:
+def test_devices(backend: str, devices: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_runs", lambda kernels, device: True)
     with dispatch.use_backend(backend):
         for device in ("cuda", "cpu", "mps"):
             expected = concept_map_kernels if device in devices else None
@@ -150,3 +152,25 @@ def test_a_capture_through_the_kernels(options: dict[str, Any], device: torch.de
         actual, expected = (read(maps[backend], method) for backend in ("kernels", "reference"))
         assert expected.std() > 1e-3 * expected.abs().max()
         torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5 * expected.abs().max().item())
+
+
+def test_a_kernel_that_cannot_be_launched(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """No compiler, say: the first launch fails, every op runs on the reference, and one warning says why."""
+    launches = []
+
+    def fail(*arguments: Any) -> NoReturn:
+        launches.append(arguments)
+        raise RuntimeError("Failed to find C compiler")
+
+    for name in op_arguments.OPS:
+        monkeypatch.setattr(concept_map_kernels, name, fail)
+    monkeypatch.setattr(dispatch, "_runs", functools.cache(dispatch._runs.__wrapped__))
+    monkeypatch.setattr(dispatch.logger, "propagate", True)
+    with dispatch.use_backend("kernels"), caplog.at_level("WARNING"):
+        for name in ("similarity", "gram_columns", "similarity"):
+            for result, expected in zip(run(getattr(dispatch, name), name), run(plain(name), name), strict=True):
+                assert torch.equal(result, expected)
+    assert len(launches) == 1
+    (record,) = caplog.records
+    assert "cannot be launched there (RuntimeError: Failed to find C compiler)" in record.getMessage()
+    assert "needs a C compiler" in record.getMessage()
