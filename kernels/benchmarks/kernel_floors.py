@@ -19,7 +19,6 @@ _UNREAD = {
 _READ_TWICE = {
     ("gram_columns", "clip"): "image_output",
     ("similarity", "clip"): "image",
-    ("frame_spread", ""): "image_output",
 }
 
 
