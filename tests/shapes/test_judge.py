@@ -161,7 +161,7 @@ def test_two_blobs_are_not_coherent() -> None:
     shapes = [SHAPES[i] for i in scenes.shape[:, 0]]
     motions = [MOTIONS[i] for i in scenes.motion[:, 0]]
     verdict = judge(video, ["green"] * 100, shapes, motions)
-    assert share(verdict.present) >= 0.98
+    assert share(verdict.present) >= 0.95  # a few pairs cover more than any one object does
     assert max(share(verdict.coherent), share(verdict.shape), share(verdict.motion)) <= 0.01
 
 
