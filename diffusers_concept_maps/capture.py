@@ -71,7 +71,7 @@ class CaptureHandle:
         self._hooks.append(transformer.register_forward_hook(self._end, always_call=True))
         for layer, site in enumerate(sites):
             self._hooks.append(site.block.register_forward_pre_hook(partial(self._hold, layer), with_kwargs=True))
-            if joins:  # before the hooks of the user, which then see what they saw
+            if joins:  # before the hooks of the user, which then see the outputs that they saw
                 self._hooks.append(site.block.register_forward_hook(self._part, prepend=True))
 
     def remove(self, *, failed: bool = False) -> None:

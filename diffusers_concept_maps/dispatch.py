@@ -2,7 +2,7 @@
 
 They are custom ops of the namespace `diffusers_concept_maps`, so that `torch.compile` keeps them whole. Arguments are
 those of the functions of the same name in `reference` or `reference_matching`, and in `concept_map_kernels`; `ops`
-checks them.
+checks them, but for `temporal_matching` and `segment_attention`, which no method uses yet.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ logger = logging.get_logger(__name__)
 _FLASH = ("flash", "flash_hub", "flash_varlen", "flash_varlen_hub", "_native_flash")
 """The attention backends of diffusers that are FlashAttention 2, as PyTorch's varlen attention is."""
 _HOMES = ("xformers.ops.fmha", "mslk.attention.fmha")
-_unable: set[tuple[str, str, torch.dtype]] = set()
+_unable: set[tuple[str, torch.device, torch.dtype, int]] = set()
 
 
 class Layout(NamedTuple):
@@ -139,7 +139,7 @@ def _one_call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layou
     """All outputs by one call of the active backend; None where it cannot express it, which is said once."""
     backend = str(_AttentionBackendRegistry.get_active_backend()[0].value)
     call = _xformers_call if backend == "xformers" else _varlen_call if backend in _FLASH else None
-    situation = (backend, query.device.type, query.dtype)
+    situation = (backend, query.device, query.dtype, query.shape[-1])
     if call is None or situation in _unable:
         return None
     try:
@@ -147,8 +147,9 @@ def _one_call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layou
     except NotImplementedError as error:
         _unable.add(situation)
         logger.warning(
-            f"The attention backend {backend!r} cannot take concepts and image in one call on {query.device.type} in "
-            f"{query.dtype}, so that PyTorch's own attention is called for each: {error}"
+            f"The attention backend {backend!r} cannot take concepts and image in one call on {query.device} in "
+            f"{query.dtype} with heads of width {query.shape[-1]}, so that PyTorch's own attention is called for "
+            f"each: {error}"
         )
         return None
     output: torch.Tensor = torch.unflatten(packed, 0, (len(query), -1))
@@ -173,10 +174,19 @@ def _varlen_call(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, batch: int
 ) -> torch.Tensor:
     """Of packed `[B * S, H, D]`, by `varlen_attn`."""
-    if query.dtype not in (torch.float16, torch.bfloat16):
-        raise NotImplementedError("FlashAttention takes float16 and bfloat16")
+    _expect_flash(query.device, query.dtype, query.shape[-1])
     output: torch.Tensor = _varlen_attn()(query, key, value, **varlen_arguments(layout, batch, query.device))
     return output
+
+
+def _expect_flash(device: torch.device, dtype: torch.dtype, width: int) -> None:
+    """Refuse what FlashAttention would: its RuntimeError could as well be a lack of memory, so it is not caught."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise NotImplementedError("FlashAttention takes float16 and bfloat16")
+    if width % 8 or width > 256:
+        raise NotImplementedError("FlashAttention takes heads of a width up to 256 that 8 divides")
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        raise NotImplementedError("FlashAttention needs a GPU of compute capability 8.0 or newer")
 
 
 @cache

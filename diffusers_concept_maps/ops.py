@@ -337,6 +337,11 @@ def _expect_axis(standardize: str, multiplicity: torch.Tensor | None, texts: int
         raise ConceptMapsValueError(f"standardize is {standardize!r}; expected 'none', 'clip' or 'text'")
     if multiplicity is not None:
         _expect("multiplicity", multiplicity, (texts,))
+    elif standardize == "text" and texts < 2:
+        raise ConceptMapsValueError(
+            f"standardize is 'text' over {texts} concepts; a deviation needs at least 2: add a concept, give its "
+            "multiplicity, or use 'clip' or 'none'"
+        )
 
 
 def _expect(name: str, tensor: torch.Tensor, shape: tuple[int, ...] | torch.Size) -> None:

@@ -37,7 +37,7 @@ def temporal_matching(
         target_query: `[R, H, F * P, D]`; not read forward.
         target_key: `[R, H, F * P, D]`; not read backward.
         tokens: int64 `[R, Q]`, which of the S tokens.
-        head_weights: float32 `[R, H]`, not negative.
+        head_weights: float32 `[R, H]`, not negative; heads of weight 0 are left out.
         frames: F.
         width: tokens in a line of a target frame; it divides P.
         scale: factor of the logits, `D**-0.5` in attention.
@@ -89,7 +89,7 @@ def segment_attention(
         text_key: `[R, H, T, D]`; T may be 0.
         image_key: `[R, H, F * P, D]`.
         text_mask: bool `[R, T]`, False where a text key is padding; None for no padding.
-        head_weights: float32 `[R, H]`.
+        head_weights: float32 `[R, H]`; heads of weight 0 are left out.
         frames: F.
         scale: factor of the logits, `D**-0.5` in attention.
 
@@ -106,7 +106,7 @@ def segment_attention(
                 logits = query[chunk].float() @ key.float().mT * scale
                 if text_mask is not None:
                     logits[:, : text_mask.shape[1]].masked_fill_(~text_mask[row], -torch.inf)
-                attention += weight * logits.softmax(-1)
+                attention += _weighed(logits.softmax(-1), weight)
             text, image = attention.split([text_key.shape[2], image_key.shape[2]], dim=1)
             image = image.unflatten(1, (frames, -1))  # [Q, F, P]
             text = torch.cat([text, text.new_zeros(len(text), 1)], dim=1)  # a maximum of nothing is 0
@@ -140,11 +140,16 @@ def _frame_weights(
     for head, weight in enumerate(head_weights / (2 if direction == "both" else 1)):
         if direction != "backward":
             logits = source_query[head, tokens].float() @ target_key[head, place].float().mT * scale
-            total += weight * logits.softmax(-1)
+            total += _weighed(logits.softmax(-1), weight)
         if sums is not None:
             logits = source_key[head, tokens].float() @ target_query[head, place].float().mT * scale
-            total += weight * (logits - sums[head, place]).exp()
+            total += _weighed((logits - sums[head, place]).exp(), weight)
     return total
+
+
+def _weighed(shares: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Times the weight of the head; a head of weight 0 is left out, NaN or not."""
+    return (shares * weight).masked_fill_(weight == 0, 0.0)
 
 
 def _read_out(

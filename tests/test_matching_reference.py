@@ -114,6 +114,22 @@ def test_a_token_nothing_looks_at_has_no_match_and_no_nan():
     torch.testing.assert_close(entropy.item(), math.log(6))
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_head_of_weight_0_is_left_out_even_if_it_is_nan(direction):
+    inputs = Inputs.random(rows=2, heads=3, source=30, frames=3, height=5, width=7, head_width=8, queries=11)
+    weights = torch.tensor([[0.5, 0.0, 2.0], [1.0, 0.0, 0.25]])
+    inputs = inputs._replace(head_weights=weights)
+    broken = [side.clone() for side in inputs[:4]]
+    for side in broken:
+        side[:, 1] = math.nan
+    results = temporal_matching(*broken, *inputs[4:], 0.5, direction, 2)
+    assert_matches(results, naive_matching.temporal_matching(inputs, 0.5, direction, 2))
+    clean = (inputs.source_query, inputs.tokens, inputs.source_key[:, :, :6], inputs.target_key, None, weights, 3, 0.5)
+    nan = (broken[0], inputs.tokens, broken[1][:, :, :6], broken[3], None, weights, 3, 0.5)
+    for result, exact in zip(segment_attention(*nan), naive_matching.segment_attention(*clean), strict=True):
+        torch.testing.assert_close(result.double(), exact, rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("text", [0, 1, 5])
 def test_segments_equal_all_probabilities_at_once(text, masked, monkeypatch):

@@ -246,22 +246,27 @@ def test_one_call_of_xformers_from_either_home(
     assert torch.equal(output, naive(query, key, value, who_reads_whom(layout)).to(dtype))
 
 
-@pytest.mark.parametrize("backend", one_directional._FLASH)
-def test_one_call_of_varlen_attn(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[torch.dtype] = []
+def use_flash(patch: pytest.MonkeyPatch, backend: str) -> list[tuple[torch.dtype, int]]:
+    """Choose a backend and stand in for `varlen_attn`; returns the dtype and the head width of its calls."""
+    calls: list[tuple[torch.dtype, int]] = []
 
     def stand_in(query: torch.Tensor, *args: Any, seqused_k: torch.Tensor, **options: Any) -> torch.Tensor:
-        calls.append(query.dtype)
+        calls.append((query.dtype, query.shape[-1]))
         return evaluate_varlen(query, *args, seqused_k=seqused_k, **options).to(query.dtype)
 
-    monkeypatch.setattr(varlen, "varlen_attn", stand_in)
+    patch.setattr(varlen, "varlen_attn", stand_in)
     active = _AttentionBackendRegistry._active_backend
-    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", type(active)(backend))
-    layout = LAYOUTS[0]
-    query, key, value = tensors(layout, dtype=torch.bfloat16)
-    output = one_directional_attention(query, key, value, layout)
-    assert calls == [torch.bfloat16]
-    assert torch.equal(output, naive(query, key, value, who_reads_whom(layout)).to(torch.bfloat16))
+    patch.setattr(_AttentionBackendRegistry, "_active_backend", type(active)(backend))
+    return calls
+
+
+@pytest.mark.parametrize("backend", one_directional._FLASH)
+def test_one_call_of_varlen_attn(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = use_flash(monkeypatch, backend)
+    query, key, value = tensors(LAYOUT, dtype=torch.bfloat16)
+    output = one_directional_attention(query, key, value, LAYOUT)
+    assert calls == [(torch.bfloat16, 16)]
+    assert torch.equal(output, naive(query, key, value, who_reads_whom(LAYOUT)).to(torch.bfloat16))
 
 
 LAYOUT = LAYOUTS[0]
@@ -355,6 +360,25 @@ def test_a_backend_that_cannot_is_said_once(
     (message,) = warnings_of
     assert repr(backend) in message
     assert reason in message
+
+
+def test_a_width_that_flash_refuses_does_not_bar_others(
+    monkeypatch: pytest.MonkeyPatch, warnings_of: list[str]
+) -> None:
+    narrow = [tensor[..., :12] for tensor in tensors(LAYOUT, dtype=torch.bfloat16)]
+    expected = one_directional_attention(*narrow, LAYOUT)
+    calls = use_flash(monkeypatch, "_native_flash")
+    assert torch.equal(one_directional_attention(*narrow, LAYOUT), expected)
+    one_directional_attention(*tensors(LAYOUT, dtype=torch.bfloat16), LAYOUT)
+    assert calls == [(torch.bfloat16, 16)]
+    (message,) = warnings_of
+    assert message.endswith("FlashAttention takes heads of a width up to 256 that 8 divides")
+
+
+def test_flash_needs_ampere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(NotImplementedError, match="compute capability 8.0"):
+        one_directional._expect_flash(torch.device("cuda"), torch.float16, 64)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -190,6 +190,23 @@ def test_hooks_of_the_user_see_what_they_saw() -> None:
         assert torch.equal(a, b)
 
 
+def test_hooks_with_kwargs_see_the_concepts_in_the_inputs() -> None:
+    pipe = tiny.make_pipeline()
+    lengths: list[tuple[int, int]] = []
+
+    def watch(block: nn.Module, args: Any, kwargs: dict[str, Any], output: tuple[torch.Tensor, ...]) -> None:
+        lengths.append((kwargs["encoder_hidden_states"].shape[1], output[1].shape[1]))
+
+    for block in pipe.transformer.transformer_blocks:
+        block.register_forward_hook(watch, with_kwargs=True)
+    tiny.call(pipe)
+    assert set(lengths) == {(12, 12)}
+    lengths.clear()
+    with dcm.trace(pipe, CONCEPTS, attention="one_pass"):
+        tiny.call(pipe)
+    assert set(lengths) == {(12 + len(CONCEPTS), 12)}
+
+
 def test_the_mixin_takes_it() -> None:
     stock = tiny.make_pipeline()
     off = tiny.call(stock)

@@ -341,6 +341,16 @@ def test_gram_columns_refuses() -> None:
         ops.gram_columns(image, index, weights, standardize="frame")
 
 
+def test_one_row_has_no_deviation_over_the_text() -> None:
+    image, text, weights = torch.ones(2, 3, 21, 8), torch.ones(2, 3, 1, 8), torch.ones(2, 3)
+    with pytest.raises(
+        ConceptMapsValueError, match="standardize is 'text' over 1 concepts; a deviation needs at least"
+    ):
+        ops.output_similarity(text, image, weights, standardize="text")
+    alone = ops.output_similarity(text, image, weights, standardize="text", multiplicity=torch.tensor([9.0]))
+    assert torch.equal(alone, torch.zeros(2, 1, 21))
+
+
 def test_attention_probabilities_refuses() -> None:
     image, text, weights = torch.zeros(2, 3, 21, 8), torch.zeros(2, 3, 4, 8), torch.ones(2, 3)
     with pytest.raises(ConceptMapsValueError, match=rf"^image_key has shape .*; expected {_text((2, 3, 21, 8))}$"):
