@@ -26,7 +26,7 @@ from typing import Any
 import diffusers
 import torch
 import triton
-from block_subject import CONCEPTS, FULL, METHODS, SMALL, BlockSubject, Run, has_one_pass
+from block_subject import CONCEPTS, FULL, METHODS, SMALL, BlockSubject, Run
 from gpu_clock import Ceilings, Clock, Paired, measure_ceilings, paired
 from kernel_floors import bytes_moved, operations
 from kernel_inputs import OPS, Call, Inputs, Sizes, calls
@@ -184,8 +184,6 @@ def time_block(subject: BlockSubject, pairs: int) -> None:
     for mode in subject.modes():
         if mode != "stock":
             print_row(mode, *_mode_cells(subject, mode, stock, pairs))
-    if not has_one_pass():
-        print("one_pass: not available in this version")
 
 
 def _mode_cells(subject: BlockSubject, mode: str, stock: Run, pairs: int) -> Iterator[str]:

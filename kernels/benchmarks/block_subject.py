@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,11 +20,6 @@ METHODS = ("imap", "concept_attention")
 CONCEPTS = 8
 FULL = Size(frames=13, height=30, width=45, heads=48, head_width=64, layers=LAYERS, text=226, text_width=4096)
 SMALL = Size(frames=3, height=4, width=5, heads=6, head_width=16, layers=LAYERS, text=11, text_width=32)
-
-
-def has_one_pass() -> bool:
-    """Whether this version can take the concepts through the model's own calls."""
-    return "attention" in inspect.signature(dcm.trace).parameters
 
 
 @dataclass(frozen=True)
@@ -118,14 +112,12 @@ class BlockSubject:
 
     def modes(self) -> dict[str, Callable[[], AbstractContextManager[Any]]]:
         """How the pipeline can be run."""
-        modes: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+        return {
             "stock": nullcontext,
             "exact": self._traced,
             "official": lambda: OfficialBlocks(self.transformer, self.concepts, self._size.frames),
+            "one_pass": lambda: self._traced(attention="one_pass"),
         }
-        if has_one_pass():
-            modes["one_pass"] = lambda: self._traced(attention="one_pass")
-        return modes
 
     @contextmanager
     def _traced(self, **options: str) -> Iterator[None]:

@@ -1,7 +1,8 @@
 """What a call has to move and to compute at least: the bytes and operations that its floor is made of.
 
-Every argument that is read is read once, and once more where a result needs a mean over all tokens first; every
-result is written once. Operations are those of the matrix products, two for a multiplication and an addition.
+Every argument that is read is read once, and once more where a result needs a mean over all tokens first; of the
+spread that is the mean of the first frame. Every result is written once. Operations are those of the matrix products,
+two for a multiplication and an addition.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ def bytes_moved(call: Call, results: tuple[torch.Tensor, ...]) -> int:
     tensors = {name: x for name, x in call.arguments.items() if isinstance(x, torch.Tensor) and name not in unread}
     twice = _READ_TWICE.get((call.op, call.variant))
     again = _bytes(tensors[twice]) if twice else 0
+    if call.op == "frame_spread":
+        again = _bytes(tensors["image_output"]) // call.arguments["frames"]
     return sum(map(_bytes, tensors.values())) + again + sum(map(_bytes, results))
 
 

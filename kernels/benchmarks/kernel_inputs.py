@@ -1,6 +1,7 @@
 """How every kernel is called: the arguments that the compile matrix and the benchmark hand to it and to its reference.
 
-Tensors of heads are views of token-major storage, as the projections of a model leave them. Shapes: R rows, H heads,
+Tensors of heads are views of token-major storage, as the projections of a model leave them, or head-major, as what
+norms them may leave them. Shapes: R rows, H heads,
 C text rows, T prompt tokens, N image tokens in F frames, D head width.
 """
 
@@ -81,10 +82,11 @@ class Call:
 class Inputs:
     """Random tensors of one size and dtype on one device; on "meta" they have no data."""
 
-    def __init__(self, sizes: Sizes, dtype: torch.dtype, device: str) -> None:
+    def __init__(self, sizes: Sizes, dtype: torch.dtype, device: str, *, head_major: bool = False) -> None:
         self.sizes = sizes
         self.dtype = dtype
         self.device = device
+        self._head_major = head_major
         self._generator = None if device == "meta" else torch.Generator(device).manual_seed(0)
 
     def _random(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -95,7 +97,8 @@ class Inputs:
     def tokens(self, count: int) -> torch.Tensor:
         """A query, key, value or output `[R, H, count, D]`."""
         sizes = self.sizes
-        return self._random(sizes.rows, count, sizes.heads, sizes.head_width, dtype=self.dtype).transpose(1, 2)
+        heads = self._random(sizes.rows, count, sizes.heads, sizes.head_width, dtype=self.dtype).transpose(1, 2)
+        return heads.contiguous() if self._head_major else heads
 
     def image(self) -> torch.Tensor:
         """A tensor of the image tokens `[R, H, N, D]`."""

@@ -19,6 +19,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime import driver
 
+from concept_map_kernels import _common
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -109,6 +111,7 @@ class Interceptor:
         self.launches: list[Launch] = []
         self._backend = str(target.backend)
         self._defaults = make_backend(target).parse_options({}).__dict__
+        _common.HIP = self._backend == "hip"
         driver.set_active(_NoDevice(target))
         triton.knobs.runtime.jit_cache_hook = self._keep
 
@@ -135,13 +138,14 @@ class Interceptor:
 def enabled_launches(
     target: GPUTarget, ops: Iterable[str], dtypes: Iterable[str], head_widths: Iterable[int], text_rows: Iterable[int]
 ) -> dict[Launch, Use]:
-    """What the operations launch, equal launches once."""
+    """What the operations launch, for token-major and for head-major tensors, equal launches once."""
     found: dict[Launch, Use] = {}
     interceptor = Interceptor(target)
-    for op, dtype, head_width, rows in itertools.product(ops, dtypes, head_widths, text_rows):
+    sweep = itertools.product(ops, dtypes, head_widths, text_rows, (False, True))
+    for op, dtype, head_width, rows, head_major in sweep:
         function = getattr(importlib.import_module(f"concept_map_kernels.{OPS[op]}"), op)
         sizes = Sizes(1, 48, 13, 30, 45, head_width, rows, max(rows, 226))
-        for call in calls(op, Inputs(sizes, DTYPES[dtype], "meta")):
+        for call in calls(op, Inputs(sizes, DTYPES[dtype], "meta", head_major=head_major)):
             interceptor.launches.clear()
             try:
                 function(**call.arguments)

@@ -148,6 +148,8 @@ def test_floors(load: Callable[[str], Any]) -> None:
     assert cost("similarity", "none", maps) == (image + rows + weights + written, 2 * 6 * 7 * 120 * 32)
     assert cost("similarity", "clip", maps) == (2 * image + rows + weights + written, 2 * 6 * 7 * 120 * 32)
     assert cost("accumulate_similarity_", "", maps) == (image + rows + weights + 2 * written, 2 * 6 * 7 * 120 * 32)
+    means, spread = 2 * 3 * 4 * 32 * 4, torch.empty(2, 3, 4, device="meta")
+    assert cost("frame_spread", "", spread) == (image + image // 4 + means + 2 * 3 * 4 * 4, 0)
     tokens = 2 * 30 * 8
     one_way = (image + image // 4 + weights + tokens, 4 * 6 * 30 * 120 * 32)
     assert cost("temporal_matching", "forward") == cost("temporal_matching", "backward") == one_way

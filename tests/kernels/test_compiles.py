@@ -61,6 +61,13 @@ def test_one_launch_of_every_kernel_compiles_for_every_target(tmp_path: Path) ->
     assert re.search(r"^(\d+) compilations, \1 of them known$", again.stdout, re.M)  # nothing is compiled twice
 
 
+def test_float32_compiles_for_amd(tmp_path: Path) -> None:
+    options = ["--dtypes", "fp32", "--head-widths", "64", "--text-rows", "8", "--targets", "gfx942"]
+    result = run("--one", *options, "--ops", "similarity", "--state", str(tmp_path / "state"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.search(r"^all [1-9]\d* compilations are as they must be$", result.stdout, re.M)
+
+
 def test_every_operation_is_in_the_matrix(matrix: Any) -> None:
     assert set(matrix.OPS.values()) == {path.stem for path in PACKAGE.glob("[!_]*.py")}
 

@@ -122,6 +122,14 @@ def test_one_row_has_no_deviation(device: torch.device) -> None:
     assert reference.similarity(concept, image, weights(1, 1), 1.0, "text", None).isnan().all()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_one_row_of_a_head_of_weight_0(device: torch.device) -> None:
+    concept, image = features(1, 1, 1, 32, 0, torch.float32), features(1, 1, 20, 32, 1, torch.float32)
+    assert not similarity(
+        concept.to(device), image.to(device), torch.zeros(1, 1, device=device), 1.0, "text", None
+    ).any()
+
+
 def test_rows_that_stand_for_many(device: torch.device) -> None:
     count = torch.tensor([1, 3, 1, 217])
     concept, image = features(2, 2, 4, 64, 0, torch.float32), features(2, 2, 50, 64, 1, torch.float32)
@@ -188,6 +196,7 @@ def test_what_is_enabled(device: torch.device) -> None:
     assert not supports(concept, image.mT.contiguous().mT, weight, 1.0, "none", None)
     assert not supports(concept, image, weight.to("meta"), 1.0, "none", None)
     assert supports_accumulate(total, concept, image, weight, 1.0)
+    assert not supports_accumulate(total, concept.to("meta"), image.to("meta"), weight.to("meta"), 1.0)
     assert not supports_accumulate(total.half(), concept, image, weight, 1.0)
     assert not supports_accumulate(total.mT.contiguous().mT, concept, image, weight, 1.0)
 

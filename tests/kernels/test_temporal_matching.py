@@ -222,6 +222,7 @@ def test_segments_refuse_what_they_would_misread(place, value, message, device):
 def test_what_is_not_enabled_is_refused(device):
     inputs = Case("", 1, 2, 12, 2, 3, 4, 128, 3).inputs(device)
     assert launch_shape(torch.float32, 128) is None
+    assert launch_shape(torch.float16, 72) is None
     assert not supports(*inputs, 0.2, "both", 2)
     with pytest.raises(ValueError, match=r"matching is not enabled for torch.float32 and head width 128"):
         temporal_matching(*inputs, 0.2, "both", 2)
@@ -230,6 +231,17 @@ def test_what_is_not_enabled_is_refused(device):
     assert not supports_segments(*arguments)
     with pytest.raises(ValueError, match=r"matching is not enabled for torch.float32 and head width 128"):
         segment_attention(*arguments)
+
+
+def test_a_tensor_on_another_device_is_not_supported(device):
+    inputs = Case("", 1, 2, 12, 2, 3, 4, 32, 3).inputs(device)
+    text_key, mask = inputs.source_key[:, :, :6], torch.ones(1, 6, dtype=torch.bool, device=device)
+    segments = [inputs.source_query, inputs.tokens, text_key, inputs.target_key, mask, inputs.head_weights, 2, 0.2]
+    assert supports_segments(*segments)
+    for name in ("tokens", "head_weights"):
+        assert not supports(*inputs._replace(**{name: getattr(inputs, name).to("meta")}), 0.2, "both", 2)
+    for place in (1, 4, 5):
+        assert not supports_segments(*segments[:place], segments[place].to("meta"), *segments[place + 1 :])
 
 
 def test_a_tensor_with_gaps_is_not_supported(device):

@@ -138,10 +138,11 @@ def columns_kernel(
     UPCAST: tl.constexpr,
 ):
     """Weighted sum over the heads for a block of rows and of the tokens of one frame."""
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    f = tl.program_id(2) % F
-    r = (tl.program_id(2) // F).to(tl.int64)
+    blocks = tl.cdiv(C, BLOCK_C)  # vary fastest: blocks of rows share the image through the cache
+    c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    p = tl.program_id(0) // blocks * BLOCK_P + tl.arange(0, BLOCK_P)
+    f = tl.program_id(1) % F
+    r = (tl.program_id(1) // F).to(tl.int64)
     c_mask = c < C
     heads = r * H
     image_ptr += r * stride_ir + f.to(tl.int64) * P * stride_in
@@ -168,7 +169,7 @@ def columns_kernel(
             scores = (scores - mean[:, None]) / (tl.sqrt_rn(m2 / (F * P)) + EPSILON)[:, None]
         elif STANDARDIZE == "text":
             scores = _standardized_rows(scores, count)
-        total += scores * weight
+        total += tl.where(weight != 0, scores * weight, 0.0)  # of one row the standardized scores are NaN
         heads += 1
         image_ptr += stride_ih
         if index_ptr is None:
@@ -324,7 +325,7 @@ def launch_columns(
                 *inputs, part_mean, part_m2, *sizes, scale, *strides, **moments_shape(shape)
             )
             mean, m2 = merge_moments(part_mean, part_m2, places, chunk, chunks)
-        columns_kernel[(blocks, triton.cdiv(places, shape["BLOCK_P"]), rows * frames)](
+        columns_kernel[(blocks * triton.cdiv(places, shape["BLOCK_P"]), rows * frames)](
             *inputs,
             None if multiplicity is None else multiplicity.contiguous(),
             mean,

@@ -16,6 +16,9 @@ import triton.language as tl
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Kernels run in Triton's interpreter, on CPU tensors. There a bfloat16 dot product multiplies raw bits."""
 
+HIP: bool = torch.version.hip is not None
+"""Kernels are compiled for AMD; a compiler for targets that are not here sets it."""
+
 LOG2E = 1.4426950408889634
 PROGRAMS = 396  # three on each multiprocessor of an H200; a constant, so that no result depends on the device
 MAX_SPLITS = 32
@@ -38,7 +41,7 @@ def precision(tensor: torch.Tensor) -> str:
 
 def _precision_of(dtype: torch.dtype) -> str:
     """Three TF32 products stand for one of float32, whose scalar code spills registers; AMD's compiler has none."""
-    return "tf32x3" if dtype == torch.float32 and torch.version.hip is None else "ieee"
+    return "tf32x3" if dtype == torch.float32 and not HIP else "ieee"
 
 
 def padded(size: int, least: int = 16) -> int:
@@ -68,11 +71,15 @@ def split(length: int, block: int, programs: int) -> tuple[int, int]:
 def runnable(*tensors: torch.Tensor) -> bool:
     """Whether kernels take these tensors: on one device that runs them, of one dtype, with a contiguous last axis."""
     device, dtype = tensors[0].device, tensors[0].dtype
-    if device.type == "cuda":
-        able = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        able = device.type == "cpu" and INTERPRETED
+    able = _is_compiled_for(device) if device.type == "cuda" else device.type == "cpu" and INTERPRETED
     return able and all(t.device == device and t.dtype == dtype and _is_contiguous_last(t) for t in tensors)
+
+
+def _is_compiled_for(device: torch.device) -> bool:
+    """Whether a GPU is of an architecture that the compile matrix covers."""
+    if torch.version.hip is not None:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).startswith("gfx942")
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def check_last_axis(**tensors: torch.Tensor) -> None:

@@ -48,8 +48,8 @@ def merge_moments_kernel(
     BLOCK_L: tl.constexpr,
 ):
     """Moments of the lanes of one group from those of its parts: part s is chunk `s % chunks` of P tokens."""
-    lane = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
-    group = tl.program_id(1).to(tl.int64)
+    group = tl.program_id(0).to(tl.int64)
+    lane = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
     l_mask = lane < L
     parts = group * S * L + lane
     # Deviations from the first part: parts of equal means have exactly that mean together.
@@ -79,7 +79,7 @@ def merge_moments(
     *groups, parts, lanes = mean.shape
     merged = mean.new_empty(*groups, lanes), mean.new_empty(*groups, lanes)
     block = min(64, padded(lanes))
-    merge_moments_kernel[(triton.cdiv(lanes, block), merged[0].numel() // lanes)](
+    merge_moments_kernel[(merged[0].numel() // lanes, triton.cdiv(lanes, block))](
         mean, m2, *merged, parts, lanes, tokens, chunk, chunks, BLOCK_S=BLOCK_S, BLOCK_L=block, **LAUNCH
     )
     return merged

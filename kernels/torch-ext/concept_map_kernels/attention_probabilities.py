@@ -217,9 +217,11 @@ def launch_shape(dtype: torch.dtype, head_width: int, concepts: int) -> dict[str
     shape = head_shape(dtype, head_width)
     block_c = padded(concepts)
     launch = LAUNCHES.get((dtype.itemsize, shape["BLOCK_D"], block_c))
-    if launch is None or head_width % 8:
+    if launch is None or head_width % 8 or (head_width % 16 and shape["BLOCK_D"] > 64):
         return None
     block_n, block_t, num_warps, num_stages = launch
+    if head_width % 16:  # rows that are not aligned are read number by number, which takes registers
+        block_t, num_warps, num_stages = block_t // 2, 8, 1
     blocks = {"BLOCK_C": block_c, "BLOCK_N": block_n, "BLOCK_T": block_t}
     return {**shape, **blocks, "num_warps": num_warps, "num_stages": num_stages}
 
@@ -231,6 +233,8 @@ def joint_launch_shape(dtype: torch.dtype, head_width: int) -> dict[str, Any] | 
     if launch is None or head_width % 8:
         return None
     block_n, block_t, num_warps, num_stages = launch
+    if head_width % 16:  # rows that are not aligned are read number by number, which takes registers
+        block_t, num_stages = block_t // 2, 1
     return {**shape, "BLOCK_N": block_n, "BLOCK_T": block_t, "num_warps": num_warps, "num_stages": num_stages}
 
 

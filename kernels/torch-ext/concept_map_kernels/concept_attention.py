@@ -32,6 +32,7 @@ LAUNCHES = {
     (4, 128, 16): (16, 4, 2),
     (4, 256, 16): (16, 8, 2),
 }
+_LOWEST = tl.constexpr(-3e38)  # below every logit, but finite: keys of multiplicity 0 have logits of -inf
 
 
 @triton.jit
@@ -130,7 +131,7 @@ def concept_attention_kernel(
     mask = c_mask[:, None] & (d < HEAD_WIDTH)[None, :]
     query_at = query_ptr + row * stride_qr + head * stride_qh
     query = tl.load(query_at + c[:, None] * stride_qc + d[None, :], mask=mask, other=0.0)
-    largest = tl.full((BLOCK_C,), float("-inf"), tl.float32)
+    largest = tl.full((BLOCK_C,), _LOWEST, tl.float32)
     total = tl.zeros((BLOCK_C,), tl.float32)
     output = tl.zeros((BLOCK_C, BLOCK_D), tl.float32)
 
@@ -216,6 +217,8 @@ def launch_shape(dtype: torch.dtype, head_width: int, concepts: int) -> dict[str
     if launch is None or head_width % 8:
         return None
     block_n, num_warps, num_stages = launch
+    if head_width % 16:  # rows that are not aligned are read number by number, which takes registers
+        block_n, num_stages = block_n // 2, 1
     return {**shape, "BLOCK_C": block_c, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
 
 

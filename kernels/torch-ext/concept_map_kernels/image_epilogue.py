@@ -99,9 +99,11 @@ def launch_shape(dtype: torch.dtype, head_width: int, concepts: int) -> dict[str
     shape = head_shape(dtype, head_width)
     block_c = padded(concepts)
     launch = LAUNCHES.get((dtype.itemsize, shape["BLOCK_D"], block_c))
-    if launch is None or not dtype.is_floating_point:
+    if launch is None or not dtype.is_floating_point or head_width % 8:
         return None
     block_p, num_warps, num_stages = launch
+    if head_width % 16:  # rows that are not aligned are read number by number, which takes registers
+        block_p, num_stages = block_p // 2, 1
     return {**shape, "BLOCK_C": block_c, "BLOCK_P": block_p, "num_warps": num_warps, "num_stages": num_stages}
 
 

@@ -146,6 +146,8 @@ def launch_shape(dtype: torch.dtype, head_width: int, concepts: int) -> dict[str
     if launch is None or head_width % 8:
         return None
     block_p, num_warps, num_stages = launch
+    if head_width % 16:  # rows that are not aligned are read number by number, which takes registers
+        block_p, num_stages = block_p // 2, 1
     return {**shape, "BLOCK_C": block_c, "BLOCK_P": block_p, "num_warps": num_warps, "num_stages": num_stages}
 
 

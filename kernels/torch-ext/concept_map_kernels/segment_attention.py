@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ._columns import same_device
 from ._common import check_last_axis, runnable
 from ._matching import match_kernel
 from .temporal_matching import enabled_shape, launch_shape, log_sums, partial_sums, tile_arguments, tile_grid
@@ -23,7 +24,8 @@ def supports(
 ) -> bool:
     """Whether `segment_attention` is enabled for these arguments."""
     enabled = launch_shape(image_query.dtype, image_query.shape[3]) is not None
-    return enabled and runnable(image_query, text_key, image_key)
+    same = same_device(image_query, tokens, text_mask, head_weights)
+    return enabled and same and runnable(image_query, text_key, image_key)
 
 
 def segment_attention(

@@ -37,6 +37,7 @@ def supports_accumulate(
     return (
         runnable(total)
         and total.dtype == torch.float32
+        and _columns.same_device(image, total)
         and supports(concept, image, head_weights, scale, "none", None)
     )
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import triton
 
+from ._columns import same_device
 from ._common import LOG2E, check_last_axis, head_shape, runnable, split
 from ._matching import log_sum_kernel, match_kernel, window_kernel
 
@@ -33,9 +34,11 @@ def launch_shape(dtype: torch.dtype, head_width: int) -> dict[str, Any] | None:
     """Constants and options of the kernels in `_matching`; None where they are not enabled."""
     shape = head_shape(dtype, head_width)
     launch = LAUNCHES.get((dtype.itemsize, shape["BLOCK_D"]))
-    if launch is None:
+    if launch is None or head_width % 8 or (head_width % 16 and shape["BLOCK_D"] > 64):
         return None
     block_q, block_p, num_warps, num_stages = launch
+    if head_width % 16:  # rows that are not aligned are read number by number, which takes registers
+        block_p, num_warps, num_stages = block_p // 2, 8, 1
     return {**shape, "BLOCK_Q": block_q, "BLOCK_P": block_p, "num_warps": num_warps, "num_stages": num_stages}
 
 
@@ -66,7 +69,8 @@ def supports(
 ) -> bool:
     """Whether `temporal_matching` is enabled for these arguments."""
     enabled = launch_shape(source_query.dtype, source_query.shape[3]) is not None
-    return enabled and runnable(source_query, source_key, target_query, target_key)
+    same = same_device(source_query, tokens, head_weights)
+    return enabled and same and runnable(source_query, source_key, target_query, target_key)
 
 
 def temporal_matching(
