@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import T5EncoderModel
 
+from diffusers_concept_maps.files import whole_file
 from diffusers_concept_maps.shapes.captions import TEXT_LENGTH, training_captions
 from diffusers_concept_maps.shapes.model import (
     build_pipeline,
@@ -116,9 +117,8 @@ class _Model:
     def save(self, path: Path, progress: dict[str, float]) -> None:
         tensors = {f"weights.{n}": p.detach().half().cpu() for n, p in self.master.items()}
         tensors |= {f"average.{n}": p.detach().half().cpu() for n, p in self.average.items()}
-        partial = path.with_suffix(".partial")
-        save_file(tensors, partial, metadata={"progress": json.dumps(progress)})
-        os.replace(partial, path)
+        with whole_file(path) as partial:
+            save_file(tensors, partial, metadata={"progress": json.dumps(progress)})
 
     @torch.no_grad()
     def export(self, folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,9 +107,9 @@ def word_results(
         claimed: whether the model follows these words, so that their maps have gates.
     """
     scenes = frozen.contrast_scenes(frozen.EVALUATION_CLIPS, EVALUATION_SEED, word)
-    scored = _real_hits(pipe, scenes, word, EVALUATION_SEED) | generated[EVALUATION_SEED].hits(word)
+    scored = real_hits(pipe, scenes, word, EVALUATION_SEED) | generated[EVALUATION_SEED].hits(word)
     trial = frozen.contrast_scenes(frozen.DEVELOPMENT_CLIPS, DEVELOPMENT_SEED, word)
-    development = _real_hits(pipe, trial, word, DEVELOPMENT_SEED) | generated[DEVELOPMENT_SEED].hits(word)
+    development = real_hits(pipe, trial, word, DEVELOPMENT_SEED) | generated[DEVELOPMENT_SEED].hits(word)
     development = {place: reads for place, reads in development.items() if place in scored}
     # Words of a prompt carry those around them: the color may win for the shape. Claims are about words alone.
     best = choose(development, words="alone")
@@ -122,7 +122,7 @@ def word_results(
     on_real = best._replace(place=Place("real", best.place.noise_level, best.place.words))
     if word == "motion":
         movers = frozen.mover_scenes(frozen.EVALUATION_CLIPS, EVALUATION_SEED)
-        yield score("  motion, both objects move", on_real, _real_hits(pipe, movers, word, EVALUATION_SEED))
+        yield score("  motion, both objects move", on_real, real_hits(pipe, movers, word, EVALUATION_SEED))
     yield from _localization_results(pipe, scenes, word, on_real, claimed)
     yield from control_results(pipe, word, on_real)
 
@@ -135,15 +135,28 @@ def _family_choice(development: Hits, family: str, source: str, words: str) -> C
     return choose(development, "imap motion", source, words)._replace(read=Read(method, heads))
 
 
-def _real_hits(pipe: CogVideoXPipeline, scenes: Scenes, word: str, seed: int) -> Hits:
+def real_hits(
+    pipe: CogVideoXPipeline,
+    scenes: Scenes,
+    word: str,
+    seed: int,
+    hits: Callable[[torch.Tensor, torch.Tensor], np.ndarray] = contrast_hits,
+) -> Hits:
+    """Hits on real clips, of words of either kind and at every noise level.
+
+    Args:
+        pipe: the embedded model or one like it.
+        scenes: the clips.
+        word: "color", "shape" or "motion".
+        seed: of the noise.
+        hits: what is a hit, from maps `[layer, clip, concept, token]` and weights `[clip, 2, token]`.
+    """
     weights, found = object_weights(scenes.masks), Hits()
     for words in WORDS:
         embeds = word_embeds(pipe, scenes, word, words)
         for level in NOISE_LEVELS:
             readings = read_real(pipe, scenes, embeds, level, seed)
-            found[Place("real", level, words)] = {
-                read: contrast_hits(maps, weights) for read, maps in readings.items()
-            }
+            found[Place("real", level, words)] = {read: hits(maps, weights) for read, maps in readings.items()}
     return found
 
 

@@ -116,9 +116,9 @@ def mover_scenes(n: int, seed: int) -> Scenes:
     return _draw(n, seed, lambda scenes: (scenes.motion != STILL).all(1))
 
 
-def late_scenes(n: int, seed: int) -> Scenes:
-    """Two-object scenes in which the object of slot 0 starts late and the other one does not."""
-    return _draw(n, seed, lambda scenes: (scenes.start[:, 0] > 0) & (scenes.start[:, 1] == 0))
+def late_scenes(n: int, seed: int, *, held_out: bool = False) -> Scenes:
+    """Two-object scenes in which the object of slot 0, of a held-out pair if so asked, starts late, the other not."""
+    return _draw(n, seed, lambda scenes: (scenes.start[:, 0] > 0) & (scenes.start[:, 1] == 0), held_out=held_out)
 
 
 def _lacks(scenes: Scenes, word: str) -> np.ndarray:
