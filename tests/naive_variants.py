@@ -7,8 +7,7 @@ of the text axis, N image tokens, D head width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -109,28 +108,6 @@ class VariantCogVideoX(naive.NaiveCogVideoX):
             normed = self.norm(f"{name}.norm2.norm", attended) * scale + shift
             result[kind] = attended + last_gate * self.feed_forward(name, normed)
         return result
-
-
-@contextmanager
-def recorded_calls(transformer: torch.nn.Module) -> Iterator[list[dict[str, Any]]]:
-    """The arguments of every forward pass, one entry per denoising step."""
-    calls: list[dict[str, Any]] = []
-    hook = transformer.register_forward_pre_hook(
-        lambda module, args, kwargs: calls.append(dict(kwargs)), with_kwargs=True
-    )
-    try:
-        yield calls
-    finally:
-        hook.remove()
-
-
-def shake(transformer: torch.nn.Module) -> None:
-    """Move norms and biases off their initial ones and zeros, so that leaving one out changes the result."""
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in transformer.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
 
 
 def taps(layer: Layer, targets: Tokens, space: str = "output") -> naive.Taps:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import naive_variants as variants
 import torch
 from backbones import tiny_cogvideox as tiny
 from diffusers import CogVideoXPipeline
@@ -30,7 +29,7 @@ def make_tokenizer() -> T5Tokenizer:
 @cache
 def pipeline(rope: bool = True) -> CogVideoXPipeline:
     pipe = tiny.make_pipeline(rope=rope)
-    variants.shake(pipe.transformer)
+    tiny.shake(pipe.transformer)
     torch.manual_seed(3)
     config = T5Config(**{**pipe.text_encoder.config.to_dict(), "vocab_size": 3 + len(PIECES)})
     pipe.register_modules(tokenizer=make_tokenizer(), text_encoder=T5EncoderModel(config).eval())

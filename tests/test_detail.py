@@ -23,13 +23,7 @@ METHODS = ["concept_attention", "cross_attention", "gramcol", "imap"]
 PROMPTS = ["a red dog running on the beach", "the sky on a rock"]
 STEPS, LAYERS, HEADS = 3, 3, 4
 SUBSETS = [axes for count in (1, 2, 3) for axes in combinations(("layer", "step", "head"), count)]
-
-
-@cache
-def pipeline() -> CogVideoXPipeline:
-    pipe = tiny.make_pipeline()
-    variants.shake(pipe.transformer)
-    return pipe
+pipeline = tiny.shaken_pipeline
 
 
 def call(pipe: CogVideoXPipeline, prompt: Any = PROMPTS, **options: Any) -> torch.Tensor:
@@ -56,7 +50,7 @@ def single(layer: int, step: int) -> dcm.ConceptMaps:
 def every_head() -> dict[str, torch.Tensor]:
     """Maps of every layer, step and head in float64 `[layer, step, head, row, concept, frame, height, width]`."""
     pipe = pipeline()
-    with variants.recorded_calls(pipe.transformer) as calls:
+    with tiny.recorded_calls(pipe.transformer) as calls:
         call(pipe)
     ids = pipe.tokenizer(CONCEPTS, padding="max_length", max_length=tiny.TEXT_LENGTH, return_tensors="pt").input_ids
     with torch.no_grad():

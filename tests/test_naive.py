@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache, partial
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import diffusers.models.embeddings
@@ -21,34 +20,7 @@ NORMALIZED = {"concept_attention": "softmax", "cross_attention": "softmax", "gra
 CONCEPTS = ["dog", "red rock", "sky"]
 PROMPTS = ["a red dog running on the beach", "the sky on a rock"]
 TOLERANCE = 3e-5  # of the largest value of a map; float32 differs from float64 by up to 4e-6
-
-
-def shake(transformer: torch.nn.Module) -> None:
-    """Move norms and biases off their initial ones and zeros, so that leaving one out changes the result."""
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in transformer.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-
-
-@cache
-def pipeline(rope: bool) -> CogVideoXPipeline:
-    pipe = tiny_cogvideox.make_pipeline(rope=rope)
-    shake(pipe.transformer)
-    return pipe
-
-
-@contextmanager
-def recorded_calls(transformer: torch.nn.Module) -> Iterator[list[dict[str, Any]]]:
-    calls: list[dict[str, Any]] = []
-    hook = transformer.register_forward_pre_hook(
-        lambda module, args, kwargs: calls.append(dict(kwargs)), with_kwargs=True
-    )
-    try:
-        yield calls
-    finally:
-        hook.remove()
+pipeline = tiny_cogvideox.shaken_pipeline
 
 
 def encoded(pipe: CogVideoXPipeline, concepts: Sequence[str], policy: str) -> torch.Tensor:
@@ -115,7 +87,7 @@ def check(
         layers=layers,
         heads=heads,
     )
-    with recorded_calls(pipe.transformer) as calls, traced as maps:
+    with tiny_cogvideox.recorded_calls(pipe.transformer) as calls, traced as maps:
         tiny_cogvideox.call(pipe, **options)
     batch, guided = calls[0]["hidden_states"].shape[0], options.get("guidance_scale", 4.0) > 1
     embeds = encoded(pipe, concepts, policy) if embeds is None else embeds
@@ -134,7 +106,7 @@ def check(
 def test_the_naive_model_is_the_host_model(monkeypatch: pytest.MonkeyPatch, rope: bool) -> None:
     """To 1e-9 in float64, with a spatial scale that is exact in the host's float32 position arithmetic."""
     transformer = tiny_cogvideox.make_transformer(rope=rope, spatial_interpolation_scale=2.0).double()
-    shake(transformer)
+    tiny_cogvideox.shake(transformer)
     rotate = diffusers.models.embeddings.apply_rotary_emb
 
     def rotate_in_double(*args: Any, **kwargs: Any) -> Any:
@@ -226,7 +198,7 @@ def test_another_grid(rope: bool) -> None:
 
 def test_imap_takes_five_of_many_heads() -> None:
     pipe = tiny_cogvideox.make_pipeline(heads=7)
-    with recorded_calls(pipe.transformer) as calls, dcm.trace(pipe, CONCEPTS, methods=["imap"]) as maps:
+    with tiny_cogvideox.recorded_calls(pipe.transformer) as calls, dcm.trace(pipe, CONCEPTS, methods=["imap"]) as maps:
         tiny_cogvideox.call(pipe)
     taps = naive_taps(pipe, calls, encoded(pipe, CONCEPTS, "mean"), slice(1, 2))
     assert_close(maps.get(), naive.saliency(taps, "imap", "zscore", tiny_cogvideox.GRID, naive.best_heads(5)))
@@ -235,7 +207,10 @@ def test_imap_takes_five_of_many_heads() -> None:
 @pytest.mark.parametrize("steps", [None, (1,)])
 def test_bare_transformer(steps: tuple[int, ...] | None) -> None:
     """Every call is a step and every row a video; arguments may be positional."""
-    pipe, random = pipeline(True), partial(torch.randn, generator=torch.Generator().manual_seed(4))
+    pipe, random = (
+        pipeline(True),
+        partial(torch.randn, generator=torch.Generator().manual_seed(4)),
+    )
     angles, embeds = random(45, 16), random(2, 3, 32)
     shared: dict[str, Any] = {"image_rotary_emb": (angles.cos(), angles.sin())}
     calls = [

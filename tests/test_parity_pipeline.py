@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import naive
@@ -28,13 +27,7 @@ METHODS = {
 }
 # Of the largest value; the z-scores of GramCol are ill-conditioned where texts nearly agree, and it sums the heads.
 TOLERANCE = {"concept_attention": 3e-5, "cross_attention": 3e-5, "gramcol": 3e-4, "imap": 1e-4}
-
-
-@cache
-def pipeline(rope: bool = True) -> CogVideoXPipeline:
-    pipe = tiny.make_pipeline(rope=rope)
-    variants.shake(pipe.transformer)
-    return pipe
+pipeline = tiny.shaken_pipeline
 
 
 def call(pipe: CogVideoXPipeline, prompt: Any = PROMPTS[0], **options: Any) -> torch.Tensor:
@@ -115,7 +108,7 @@ def check(
         layers=layers,
         steps=steps,
     )
-    with variants.recorded_calls(pipe.transformer) as calls, traced as maps:
+    with tiny.recorded_calls(pipe.transformer) as calls, traced as maps:
         assert torch.equal(call(pipe, **options), frames)
     embeds = first_tokens(pipe, concepts) if embeds is None else embeds
     batch = calls[0]["hidden_states"].shape[0]
@@ -176,7 +169,7 @@ def test_a_single_concept_is_scaled_over_every_clip() -> None:
 def test_concepts_that_are_not_padded(parity: Parity, normalize: str) -> None:
     pipe, methods, softmax = pipeline(), METHODS[parity.name], normalize == "softmax"
     with (
-        variants.recorded_calls(pipe.transformer) as calls,
+        tiny.recorded_calls(pipe.transformer) as calls,
         dcm.trace(pipe, CONCEPTS, methods=methods, parity=replace(parity, padded=False), normalize=normalize) as maps,
     ):
         call(pipe, PROMPTS)
@@ -293,7 +286,7 @@ def test_prompt_words(prompts: list[str], words: list[str], normalize: str) -> N
     """Scored beside all tokens of the text, padding included."""
     pipe = pipeline()
     traced = dcm.trace(pipe, words, target="prompt", parity="imap", methods=["gramcol", "imap"], normalize=normalize)
-    with variants.recorded_calls(pipe.transformer) as calls, traced as maps:
+    with tiny.recorded_calls(pipe.transformer) as calls, traced as maps:
         call(pipe, prompts)
     model, keep = variants.VariantCogVideoX(pipe.transformer), [[POSITIONS[p][w] for w in words] for p in prompts]
     rows, softmax = slice(len(prompts), 2 * len(prompts)), normalize == "softmax"

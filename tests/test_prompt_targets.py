@@ -47,7 +47,7 @@ def test_words_of_several_tokens(normalize: str | None, rope: bool) -> None:
     pipe, words = pipeline(rope), ["running", "dog", "rocket"]
     frames = call(pipe)
     with (
-        variants.recorded_calls(pipe.transformer) as calls,
+        tiny.recorded_calls(pipe.transformer) as calls,
         dcm.trace(pipe, words, target="prompt", methods=METHODS, normalize=normalize) as maps,
     ):
         assert torch.equal(call(pipe), frames)
@@ -62,7 +62,7 @@ def test_words_of_several_tokens(normalize: str | None, rope: bool) -> None:
 def test_occurrences_are_averaged() -> None:
     pipe, words = pipeline(), ["dog", "rockets", "rock"]
     with (
-        variants.recorded_calls(pipe.transformer) as calls,
+        tiny.recorded_calls(pipe.transformer) as calls,
         dcm.trace(pipe, words, target="prompt", methods=METHODS) as maps,
     ):
         call(pipe, REPEATED)
@@ -79,7 +79,7 @@ def test_every_prompt_of_a_batch_has_its_own_positions(guidance_scale: float) ->
     options = {"prompt": [ROCKET, QUOTED], "guidance_scale": guidance_scale}
     frames = call(pipe, **options)
     with (
-        variants.recorded_calls(pipe.transformer) as calls,
+        tiny.recorded_calls(pipe.transformer) as calls,
         dcm.trace(pipe, words, target="prompt", methods=METHODS) as maps,
     ):
         assert torch.equal(call(pipe, **options), frames)
@@ -94,7 +94,7 @@ def test_all_words_and_another_prompt_in_the_same_trace() -> None:
     with dcm.trace(pipe, target="prompt") as maps:
         assert maps.concepts == ()
         for prompt, words in ((ROCKET, ROCKET_WORDS), (QUOTED, QUOTED_WORDS)):
-            with variants.recorded_calls(pipe.transformer) as calls:
+            with tiny.recorded_calls(pipe.transformer) as calls:
                 call(pipe, prompt)
             assert maps.concepts == tuple(words)
             reference = expected(pipe, calls, slice(1, 2), [list(words.values())], "concept_attention", "softmax")
@@ -106,7 +106,7 @@ def test_all_words_and_another_prompt_in_the_same_trace() -> None:
 def test_phrases() -> None:
     pipe = pipeline()
     with (
-        variants.recorded_calls(pipe.transformer) as calls,
+        tiny.recorded_calls(pipe.transformer) as calls,
         dcm.trace(pipe, ["red rocket", " the dog running "], target="prompt") as maps,
     ):
         call(pipe)
@@ -119,7 +119,7 @@ def test_phrases() -> None:
 def test_spaces_of_prompt_words(space: str) -> None:
     pipe, words = pipeline(), ["dog", "rocket"]
     with (
-        variants.recorded_calls(pipe.transformer) as calls,
+        tiny.recorded_calls(pipe.transformer) as calls,
         dcm.trace(pipe, words, target="prompt", space=space, normalize="none") as maps,
     ):
         call(pipe)
@@ -131,7 +131,7 @@ def test_spaces_of_prompt_words(space: str) -> None:
 def test_heads_layers_and_steps() -> None:
     pipe, words = pipeline(), ["dog", "rocket"]
     with (
-        variants.recorded_calls(pipe.transformer) as calls,
+        tiny.recorded_calls(pipe.transformer) as calls,
         dcm.trace(pipe, words, target="prompt", methods=METHODS, heads=[1, 3], layers=[0, 2], steps=[1]) as maps,
     ):
         call(pipe, num_inference_steps=3)
@@ -146,7 +146,7 @@ def test_one_word_has_no_softmax() -> None:
     """Also where it is found out only when the prompt is known."""
     pipe = pipeline()
     for concepts in (["dog"], None):
-        with variants.recorded_calls(pipe.transformer) as calls, dcm.trace(pipe, concepts, target="prompt") as maps:
+        with tiny.recorded_calls(pipe.transformer) as calls, dcm.trace(pipe, concepts, target="prompt") as maps:
             call(pipe, "dog")
             variants.assert_close(maps.get(), expected(pipe, calls, slice(1, 2), [[[0]]], "concept_attention", "none"))
             assert maps.metadata["methods"]["concept_attention"]["normalize"] == "none"
@@ -174,7 +174,7 @@ def test_a_softmax_that_was_asked_for_is_refused_for_one_word() -> None:
 def test_negative_prompts_and_another_length() -> None:
     pipe = pipeline()
     with (
-        variants.recorded_calls(pipe.transformer) as calls,
+        tiny.recorded_calls(pipe.transformer) as calls,
         dcm.trace(pipe, ["running", "red"], target="prompt") as maps,
     ):
         call(pipe, negative_prompt="running dog sky", max_sequence_length=10)
@@ -205,7 +205,7 @@ def test_words_that_are_cut_off(prompt: str, word: str, length: int) -> None:
 def test_the_last_word_that_is_not_cut_off() -> None:
     pipe = pipeline()
     with (
-        variants.recorded_calls(pipe.transformer) as calls,
+        tiny.recorded_calls(pipe.transformer) as calls,
         dcm.trace(pipe, ["dog", "the"], target="prompt") as maps,
     ):
         call(pipe, max_sequence_length=8)
@@ -270,7 +270,7 @@ def test_prompt_tokens_with_prompt_embeds() -> None:
     )
     tables = {"dog": [6], "padding": [11], "rocket": [2, 3]}
     with (
-        variants.recorded_calls(pipe.transformer) as calls,
+        tiny.recorded_calls(pipe.transformer) as calls,
         dcm.trace(pipe, target="prompt", prompt_tokens=tables, methods=METHODS) as maps,
     ):
         call(pipe, None, prompt_embeds=positive, negative_prompt_embeds=negative)
@@ -283,7 +283,7 @@ def test_prompt_tokens_with_prompt_embeds() -> None:
 def test_prompt_tokens_of_some_words_in_another_order() -> None:
     pipe, tables = pipeline(), {"dog": [6], "red": [1], "rocket": [3, 2, 2]}  # named twice, counted once
     with (
-        variants.recorded_calls(pipe.transformer) as calls,
+        tiny.recorded_calls(pipe.transformer) as calls,
         dcm.trace(pipe, ["rocket", "dog"], target="prompt", prompt_tokens=tables, normalize="none") as maps,
     ):
         call(pipe)
@@ -295,7 +295,7 @@ def test_prompt_tokens_of_some_words_in_another_order() -> None:
 def test_prompt_tokens_of_a_bare_transformer() -> None:
     pipe, tables = pipeline(), {"dog": [6], "rocket": [2, 3]}
     with (
-        variants.recorded_calls(pipe.transformer) as calls,
+        tiny.recorded_calls(pipe.transformer) as calls,
         dcm.trace(pipe.transformer, target="prompt", prompt_tokens=tables, normalize="none") as maps,
     ):
         call(pipe)

@@ -20,13 +20,7 @@ METHODS = ["concept_attention", "cross_attention", "gramcol", "imap"]
 SPACES = ["output", "value", "query_key"]
 READS = ["both", "image", "concepts", "none"]
 NORMALIZATIONS = ["none", "softmax", "zscore"]
-
-
-@cache
-def pipeline(rope: bool = True) -> CogVideoXPipeline:
-    pipe = tiny.make_pipeline(rope=rope)
-    variants.shake(pipe.transformer)
-    return pipe
+pipeline = tiny.shaken_pipeline
 
 
 def call(pipe: CogVideoXPipeline, prompt: Any = PROMPTS[0], **options: Any) -> torch.Tensor:
@@ -65,7 +59,7 @@ def expected(
 
 def test_the_reference_is_the_one_that_is_checked_against_the_host() -> None:
     pipe = pipeline()
-    with variants.recorded_calls(pipe.transformer) as calls:
+    with tiny.recorded_calls(pipe.transformer) as calls:
         call(pipe, num_inference_steps=1)
     step, concepts = calls[0], embeds().expand(2, -1, -1)
     _, checked = naive.NaiveCogVideoX(pipe.transformer).forward(
@@ -86,7 +80,7 @@ def test_spaces(space: str, normalize: str, rope: bool) -> None:
     pipe = pipeline(rope)
     frames = call(pipe, PROMPTS)
     with (
-        variants.recorded_calls(pipe.transformer) as calls,
+        tiny.recorded_calls(pipe.transformer) as calls,
         dcm.trace(pipe, CONCEPTS, space=space, normalize=normalize, branch="both") as maps,
     ):
         traced = call(pipe, PROMPTS)
@@ -103,7 +97,7 @@ def test_reads_in_every_space(space: str, reads: str) -> None:
     methods = METHODS if space == "output" else METHODS[:1]
     frames = call(pipe)
     with (
-        variants.recorded_calls(pipe.transformer) as calls,
+        tiny.recorded_calls(pipe.transformer) as calls,
         dcm.trace(pipe, CONCEPTS, methods=methods, normalize="zscore", space=space, reads=reads) as maps,
     ):
         traced = call(pipe)
@@ -120,7 +114,7 @@ def test_reads_in_every_space(space: str, reads: str) -> None:
 def test_reads_and_normalization(reads: str, normalize: str) -> None:
     pipe = pipeline()
     with (
-        variants.recorded_calls(pipe.transformer) as calls,
+        tiny.recorded_calls(pipe.transformer) as calls,
         dcm.trace(pipe, CONCEPTS, reads=reads, normalize=normalize) as maps,
     ):
         call(pipe, guidance_scale=1.0)
@@ -133,7 +127,7 @@ def test_reads_and_normalization(reads: str, normalize: str) -> None:
 def test_spaces_of_chosen_heads(heads: tuple[int, ...], space: str, normalize: str) -> None:
     pipe = pipeline()
     with (
-        variants.recorded_calls(pipe.transformer) as calls,
+        tiny.recorded_calls(pipe.transformer) as calls,
         dcm.trace(pipe, CONCEPTS, space=space, normalize=normalize, heads=heads) as maps,
     ):
         call(pipe, PROMPTS)
@@ -147,7 +141,7 @@ def test_motion_heads_are_chosen_by_outputs_in_every_space(space: str) -> None:
     pipe = pipeline()
     selection = dcm.HeadSelection(top_k=2)
     with (
-        variants.recorded_calls(pipe.transformer) as calls,
+        tiny.recorded_calls(pipe.transformer) as calls,
         dcm.trace(pipe, CONCEPTS, space=space, normalize="none", heads=selection) as maps,
     ):
         call(pipe)

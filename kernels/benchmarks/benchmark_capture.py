@@ -79,40 +79,53 @@ class ForwardClock:
         self.output = output[0]
 
 
+def stock_pipeline(size: Size, dtype: torch.dtype = torch.float32, device: str = "cpu") -> CogVideoXPipeline:
+    """A stock pipeline around a transformer of random weights; it has no tokenizer, text encoder or VAE."""
+    torch.manual_seed(0)
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=size.heads,
+        attention_head_dim=size.head_width,
+        text_embed_dim=size.text_width,
+        num_layers=size.layers,
+        sample_width=2 * size.width,
+        sample_height=2 * size.height,
+        sample_frames=4 * size.frames - 3,
+        max_text_seq_length=size.text,
+        use_rotary_positional_embeddings=True,
+    )
+    transformer.eval().to(device, dtype)
+    pipe = CogVideoXPipeline(None, None, None, transformer, CogVideoXDDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def guided_step(size: Size, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, Any]:
+    """Arguments of a pipeline's call of one guided step, that is a batch of 2, on random embeddings and noise."""
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape).to(device, dtype)
+
+    return {
+        "prompt_embeds": random(1, size.text, size.text_width),
+        "negative_prompt_embeds": random(1, size.text, size.text_width),
+        "latents": random(1, size.frames, 16, 2 * size.height, 2 * size.width),
+        "height": 16 * size.height,
+        "width": 16 * size.width,
+        "num_frames": 4 * size.frames - 3,
+        "num_inference_steps": 1,
+        "guidance_scale": 6.0,
+        "output_type": "latent",
+    }
+
+
 class Subject:
     """A pipeline of one size with fixed inputs."""
 
     def __init__(self, size: Size) -> None:
-        torch.manual_seed(0)
-        transformer = CogVideoXTransformer3DModel(
-            num_attention_heads=size.heads,
-            attention_head_dim=size.head_width,
-            text_embed_dim=size.text_width,
-            num_layers=size.layers,
-            sample_width=2 * size.width,
-            sample_height=2 * size.height,
-            sample_frames=4 * size.frames - 3,
-            max_text_seq_length=size.text,
-            use_rotary_positional_embeddings=True,
-        )
-        self.clock = ForwardClock(transformer.eval())
-        scheduler = CogVideoXDDIMScheduler()
-        self.pipe = CogVideoXPipeline(
-            tokenizer=None, text_encoder=None, vae=None, transformer=transformer, scheduler=scheduler
-        )
-        self.pipe.set_progress_bar_config(disable=True)
+        self.pipe = stock_pipeline(size)
+        self.clock = ForwardClock(self.pipe.transformer)
         self.concepts = torch.randn(CONCEPTS, size.text_width)
-        self.inputs = {
-            "prompt_embeds": torch.randn(1, size.text, size.text_width),
-            "negative_prompt_embeds": torch.randn(1, size.text, size.text_width),
-            "latents": torch.randn(1, size.frames, 16, 2 * size.height, 2 * size.width),
-            "height": 16 * size.height,
-            "width": 16 * size.width,
-            "num_frames": 4 * size.frames - 3,
-            "num_inference_steps": 1,
-            "guidance_scale": 6.0,
-            "output_type": "latent",
-        }
+        self.inputs = guided_step(size)
 
     def forward(self, *, captured: bool) -> tuple[float, torch.Tensor]:
         """CPU seconds and noise prediction of one forward pass.

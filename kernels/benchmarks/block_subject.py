@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from benchmark_capture import Size
-from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+from benchmark_capture import Size, guided_step, stock_pipeline
 from official_block import OfficialBlocks
 from torch import nn
 
@@ -76,39 +75,12 @@ class BlockSubject:
     """
 
     def __init__(self, size: Size, dtype: torch.dtype, device: str) -> None:
-        torch.manual_seed(0)
-        transformer = CogVideoXTransformer3DModel(
-            num_attention_heads=size.heads,
-            attention_head_dim=size.head_width,
-            text_embed_dim=size.text_width,
-            num_layers=size.layers,
-            sample_width=2 * size.width,
-            sample_height=2 * size.height,
-            sample_frames=4 * size.frames - 3,
-            max_text_seq_length=size.text,
-            use_rotary_positional_embeddings=True,
-        )
-        self.transformer = transformer.eval().to(device, dtype)
-        self.pipe = CogVideoXPipeline(None, None, None, self.transformer, CogVideoXDDIMScheduler())
-        self.pipe.set_progress_bar_config(disable=True)
+        self.pipe = stock_pipeline(size, dtype, device)
+        self.transformer = self.pipe.transformer
+        self.concepts = torch.randn(CONCEPTS, size.text_width).to(device, dtype)
+        self.inputs = guided_step(size, dtype, device)
         self._size = size
         self._cuda = device == "cuda"
-
-        def random(*shape: int) -> torch.Tensor:
-            return torch.randn(shape).to(device, dtype)
-
-        self.concepts = random(CONCEPTS, size.text_width)
-        self.inputs = {
-            "prompt_embeds": random(1, size.text, size.text_width),
-            "negative_prompt_embeds": random(1, size.text, size.text_width),
-            "latents": random(1, size.frames, 16, 2 * size.height, 2 * size.width),
-            "height": 16 * size.height,
-            "width": 16 * size.width,
-            "num_frames": 4 * size.frames - 3,
-            "num_inference_steps": 1,
-            "guidance_scale": 6.0,
-            "output_type": "latent",
-        }
 
     def modes(self) -> dict[str, Callable[[], AbstractContextManager[Any]]]:
         """How the pipeline can be run."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -99,3 +102,33 @@ def call(pipe: CogVideoXPipeline, prompt: Any = "a red dog running on the beach"
     if "prompt_embeds" not in options:
         options["prompt"] = prompt
     return pipe(**(settings | options)).frames
+
+
+@contextmanager
+def recorded_calls(transformer: torch.nn.Module) -> Iterator[list[dict[str, Any]]]:
+    """The arguments of every forward pass, one entry per denoising step."""
+    calls: list[dict[str, Any]] = []
+    hook = transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(dict(kwargs)), with_kwargs=True
+    )
+    try:
+        yield calls
+    finally:
+        hook.remove()
+
+
+def shake(transformer: torch.nn.Module) -> None:
+    """Move norms and biases off their initial ones and zeros, so that leaving one out changes the result."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+@cache
+def shaken_pipeline(rope: bool = True) -> CogVideoXPipeline:
+    """A pipeline whose norms and biases are no longer at their initial values."""
+    pipe = make_pipeline(rope=rope)
+    shake(pipe.transformer)
+    return pipe
