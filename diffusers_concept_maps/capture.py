@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from diffusers_concept_maps.backbones import Backbone, Site, find_backbone, find_transformer
+from diffusers_concept_maps.backbones import Backbone, Site, find_backbone, find_transformers
 from diffusers_concept_maps.errors import ConceptMapsError
 from diffusers_concept_maps.heads import HeadSelection
 from diffusers_concept_maps.maps import ConceptMaps
@@ -34,10 +34,10 @@ class CaptureHandle:
     """
 
     def __init__(
-        self, plan: CapturePlan, recorder: Recorder, backbone: Backbone, transformer: Any, sites: list[Site]
+        self, plan: CapturePlan, recorder: Recorder, backbone: Backbone, sites: Mapping[Any, list[Site]]
     ) -> None:
-        """Attach; whatever fails on the way, everything done so far is undone."""
-        metadata = _metadata(backbone, transformer, plan)
+        """Attach to every transformer; whatever fails on the way, everything done so far is undone."""
+        metadata = _metadata(backbone, next(iter(sites)), plan)
         self.maps = {
             branch: ConceptMaps(_BranchView(plan, recorder.results, branch, metadata), tuple(plan.methods))
             for branch in plan.branches
@@ -48,16 +48,17 @@ class CaptureHandle:
         self._swapped: list[tuple[Any, Any, ConceptProcessor]] = []
         self._adopted: list[ConceptProcessor] = []
         try:
-            self._attach(transformer, sites, joins=plan.attention == "one_pass")
+            if self._prompt is not None:
+                self._prompt.listen()
+            for transformer, own in sites.items():
+                self._attach(transformer, own, joins=plan.attention == "one_pass")
         except BaseException:
             self.remove(failed=True)
             raise
 
     def _attach(self, transformer: Any, sites: list[Site], *, joins: bool) -> None:
-        if self._prompt is not None:
-            self._prompt.listen()
-        for site in sites:
-            installed: Any = site.attention.processor
+        for attention in (attention for site in sites for attention in (site.attention, *site.others)):
+            installed: Any = attention.processor
             if isinstance(installed, ConceptProcessor):
                 installed.recorder = self._recorder
                 self._adopted.append(installed)
@@ -65,12 +66,12 @@ class CaptureHandle:
                 processor = concept_processor(installed)
                 assert processor is not None  # `_check_free` has looked
                 processor.recorder = self._recorder
-                self._swapped.append((site.attention, installed, processor))
-                site.attention.processor = processor
+                self._swapped.append((attention, installed, processor))
+                attention.processor = processor
         self._hooks.append(transformer.register_forward_pre_hook(self._begin, with_kwargs=True))
         self._hooks.append(transformer.register_forward_hook(self._end, always_call=True))
-        for layer, site in enumerate(sites):
-            self._hooks.append(site.block.register_forward_pre_hook(partial(self._hold, layer), with_kwargs=True))
+        for site in sites:
+            self._hooks.append(site.block.register_forward_pre_hook(partial(self._hold, site), with_kwargs=True))
             if joins:  # before the hooks of the user, which then see the outputs that they saw
                 self._hooks.append(site.block.register_forward_hook(self._part, prepend=True))
 
@@ -94,15 +95,15 @@ class CaptureHandle:
         self._recorder.results.close(failed=failed)
 
     def _begin(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._recorder.begin(_by_name(transformer, args, kwargs))
+        self._recorder.begin(transformer, _by_name(transformer, args, kwargs))
 
     def _end(self, transformer: Any, args: tuple[Any, ...], output: Any) -> None:
         self._recorder.end(finished=output is not None)
 
     def _hold(
-        self, layer: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, site: Site, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        joined = self._recorder.hold(layer, _by_name(block, args, kwargs))
+        joined = self._recorder.hold(site, _by_name(block, args, kwargs))
         return None if joined is None else ((), joined)
 
     def _part(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -119,15 +120,17 @@ def attach(pipe_or_transformer: Any, concepts: Sequence[str] | None = None, **op
         ConceptMapsError: as `trace`; nothing has been changed then.
     """
     request = Request(**options)
-    transformer = find_transformer(pipe_or_transformer)
-    backbone = find_backbone(transformer)
-    pipe = None if transformer is pipe_or_transformer else pipe_or_transformer
-    sites = backbone.sites(transformer)
-    _check_free(transformer, sites)
-    plan = make_plan(pipe, transformer, backbone, concepts, request)
+    transformers = find_transformers(pipe_or_transformer)
+    backbone = find_backbone(transformers[0])
+    pipe = None if transformers[0] is pipe_or_transformer else pipe_or_transformer
+    sites = {transformer: backbone.sites(transformer) for transformer in transformers}
+    for transformer, own in sites.items():
+        _check_free(transformer, own)
+    plan = make_plan(pipe, transformers[0], backbone, concepts, request)
     if plan.attention == "one_pass":
-        check_one_pass(backbone, transformer)
-    return CaptureHandle(plan, Recorder(plan, backbone, transformer, sites, pipe), backbone, transformer, sites)
+        for transformer in transformers:
+            check_one_pass(backbone, transformer)
+    return CaptureHandle(plan, Recorder(plan, backbone, sites, pipe), backbone, sites)
 
 
 @contextmanager
@@ -233,19 +236,23 @@ def trace(
 def _check_free(transformer: Any, sites: list[Site]) -> None:
     """Raise unless every attention module can be captured and none is captured already."""
     for layer, site in enumerate(sites):
-        installed: Any = site.attention.processor
-        if isinstance(installed, ConceptProcessor):
-            if installed.recorder is not None:
-                raise ConceptMapsError(
-                    f"this {type(transformer).__name__} is being traced already; leave the other `with` block first"
-                )
-            if installed.stock is None and not isinstance(installed, ConceptAttnProcessor):
-                raise ConceptMapsError(f"layer {layer} holds {type(installed).__name__}, which shows no attention")
-        elif concept_processor(installed) is None:
+        for attention in (site.attention, *site.others):
+            _check_processor(transformer, layer, attention.processor)
+
+
+def _check_processor(transformer: Any, layer: int, installed: Any) -> None:
+    if isinstance(installed, ConceptProcessor):
+        if installed.recorder is not None:
             raise ConceptMapsError(
-                f"layer {layer} has the attention processor {type(installed).__name__}, which cannot be traced; put "
-                f"the model's own processor or one of concept_attn_processors() back first"
+                f"this {type(transformer).__name__} is being traced already; leave the other `with` block first"
             )
+        if installed.stock is None and not isinstance(installed, ConceptAttnProcessor):
+            raise ConceptMapsError(f"layer {layer} holds {type(installed).__name__}, which shows no attention")
+    elif concept_processor(installed) is None:
+        raise ConceptMapsError(
+            f"layer {layer} has the attention processor {type(installed).__name__}, which cannot be traced; put "
+            f"the model's own processor or one of concept_attn_processors() back first"
+        )
 
 
 def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

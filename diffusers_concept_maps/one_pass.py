@@ -29,6 +29,7 @@ class JoinedConcepts:
         transformer: Any,
         embeds: torch.Tensor,
         *,
+        call: Mapping[str, Any],
         multiplicity: torch.Tensor | None,
         reads: str,
     ) -> None:
@@ -38,6 +39,7 @@ class JoinedConcepts:
             backbone: of the transformer.
             transformer: the model.
             embeds: text encoder states `[batch, concept, text_width]`.
+            call: what the transformer was called with, by name.
             multiplicity: float `[concept]`, how many equal concepts each one stands for; None is one each.
             reads: what concept tokens attend to, one of `stream.READS`.
         """
@@ -46,6 +48,7 @@ class JoinedConcepts:
         self._backbone = backbone
         self._transformer = transformer
         self._embeds = embeds
+        self._call = call
         self._multiplicity = multiplicity
         self._reads = reads
         self._concepts: torch.Tensor | None = None
@@ -58,8 +61,9 @@ class JoinedConcepts:
     def join(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """What to call the next block with: its arguments, by name, with the concepts behind the text."""
         if self._concepts is None:
+            like, rows = arguments["hidden_states"], slice(None)
             with torch.no_grad():
-                self._concepts = self._backbone.enter(self._transformer, self._embeds, arguments["hidden_states"])
+                self._concepts = self._backbone.enter(self._transformer, self._embeds, like, self._call, rows)
         self.riding = self._carried = True
         return self._backbone.join(arguments, self._concepts)
 

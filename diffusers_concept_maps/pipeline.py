@@ -11,7 +11,7 @@ from typing import Any, cast
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 
-from diffusers_concept_maps.backbones import find_backbone, find_transformer
+from diffusers_concept_maps.backbones import find_backbone, find_transformers
 from diffusers_concept_maps.capture import trace
 from diffusers_concept_maps.errors import ConceptMapsError
 from diffusers_concept_maps.maps import ConceptMaps
@@ -79,8 +79,8 @@ class ConceptMapsMixin:
         Args:
             processor: one processor, or a dict as `concept_attn_processors` makes it; the dict is left as it is.
         """
-        for denoiser in _denoisers(self):
-            denoiser.set_attn_processor(dict(processor) if isinstance(processor, Mapping) else processor)
+        for transformer in find_transformers(self):
+            transformer.set_attn_processor(dict(processor) if isinstance(processor, Mapping) else processor)
 
     def to_json_string(self) -> str:
         """The pipeline's config under its stock class name, which `DiffusionPipeline.from_pretrained` knows."""
@@ -102,7 +102,8 @@ def with_concept_maps(pipe: DiffusionPipeline) -> Any:
     Raises:
         ConceptMapsError: its transformer cannot be traced.
     """
-    find_backbone(find_transformer(pipe))
+    for transformer in find_transformers(pipe):
+        find_backbone(transformer)
     if isinstance(pipe, ConceptMapsMixin):
         raise ConceptMapsError(f"this {type(pipe).__name__} returns concept maps already; use it as it is")
     stock: Any = type(pipe)
@@ -158,8 +159,3 @@ def _output(stock: type, values: tuple[Any, ...]) -> ConceptMapsPipelineOutput:
 def _output_class(stock: Any) -> type:
     fields = [("concept_maps", object, field(default=None))]
     return make_dataclass("ConceptMapsPipelineOutput", fields, bases=(ConceptMapsPipelineOutput, stock))
-
-
-def _denoisers(pipe: Any) -> list[Any]:
-    """The transformers of the pipeline."""
-    return [getattr(pipe, name) for name in ("transformer", "transformer_2") if getattr(pipe, name, None) is not None]

@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from diffusers_concept_maps.backbones import Backbone, Preset
+from diffusers_concept_maps.backbones import Backbone, JointBackbone, Preset
 from diffusers_concept_maps.concepts import check_concepts, check_embeds, check_token_policy, encode_concepts
 from diffusers_concept_maps.detail import check_axes
 from diffusers_concept_maps.errors import ConceptMapsValueError
 from diffusers_concept_maps.heads import HeadSelection
 from diffusers_concept_maps.methods import SPACES, Method, Rules, find_method
+from diffusers_concept_maps.methods import method_names as all_methods
 from diffusers_concept_maps.parity import CONCEPT_LENGTH, TOKEN_POLICY, Parity, find_parity
 from diffusers_concept_maps.prompt import PromptTokens
 from diffusers_concept_maps.stream import READS
@@ -166,6 +167,8 @@ def make_plan(
     request = replace(request, layers=_once(request.layers), steps=_once(request.steps), heads=_once(request.heads))
     method_names = _check_methods(request.methods)
     _check_choices(request, method_names)
+    if not isinstance(backbone, JointBackbone):
+        _check_crossing(transformer, request, method_names)
     names, prompt = _targets(pipe, transformer, backbone, concepts, request, parity)
     preset = backbone.preset(transformer)
     defaults = preset or Preset(name="", source="everything", config={})
@@ -227,6 +230,23 @@ def _check_choices(request: Request, method_names: Sequence[str]) -> None:
         raise ConceptMapsValueError("detail_path is given without detail; name the axes to keep, such as ('layer',)")
 
 
+def _check_crossing(transformer: Any, request: Request, method_names: Sequence[str]) -> None:
+    """Raise unless everything asked for exists where text is read and does not read."""
+    name = type(transformer).__name__
+    impossible = [method for method in method_names if find_method(method).reading]
+    if impossible:
+        possible = ", ".join(method for method in all_methods() if not find_method(method).reading)
+        raise ConceptMapsValueError(
+            f"method {impossible[0]!r} compares what concepts have read, and text reads nothing in {name}: its blocks "
+            f"have cross-attention; use {possible}"
+        )
+    if request.reads != "both":
+        raise ConceptMapsValueError(
+            f"reads is {request.reads!r}, but concepts read nothing in {name}, whose blocks have cross-attention; "
+            f"leave it out"
+        )
+
+
 def _targets(
     pipe: Any | None,
     transformer: Any,
@@ -237,7 +257,7 @@ def _targets(
 ) -> tuple[tuple[str, ...] | None, PromptTokens | None]:
     """Names of the targets, and where they are in the prompt if they are its words."""
     if request.target == "prompt":
-        return _prompt_targets(pipe, concepts, request, parity)
+        return _prompt_targets(pipe, backbone, concepts, request, parity)
     if request.prompt_tokens is not None:
         raise ConceptMapsValueError("prompt_tokens are positions in the prompt; pass target='prompt' with them")
     if request.concept_embeds is not None:
@@ -251,7 +271,7 @@ def _targets(
 
 
 def _prompt_targets(
-    pipe: Any | None, concepts: Sequence[str] | None, request: Request, parity: Parity | None
+    pipe: Any | None, backbone: Backbone, concepts: Sequence[str] | None, request: Request, parity: Parity | None
 ) -> tuple[tuple[str, ...] | None, PromptTokens]:
     if request.concept_embeds is not None:
         raise ConceptMapsValueError("target='prompt' reads the prompt's own tokens; leave concept_embeds out")
@@ -277,7 +297,7 @@ def _prompt_targets(
     names = None if concepts is None else check_concepts(concepts)
     if positions is not None and names is not None and set(names) - set(positions):
         raise ConceptMapsValueError(f"prompt_tokens has no positions of {sorted(set(names) - set(positions))}")
-    return names, PromptTokens(pipe, names, positions, official=parity is not None)
+    return names, PromptTokens(pipe, backbone, names, positions, official=parity is not None)
 
 
 def _check_methods(methods: Sequence[str]) -> Sequence[str]:

@@ -4,71 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from diffusers_concept_maps.backbones import Backbone
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
-
-_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
-
-
-def words_of(prompt: str) -> tuple[str, ...]:
-    """The different words of a prompt in order of appearance, without punctuation."""
-    return tuple(dict.fromkeys(_WORD.findall(prompt)))
-
-
-def token_spans(tokenizer: Any, prompt: str, length: int) -> list[tuple[int, int]]:
-    """The characters `(start, stop)` of a prompt that each of its tokens covers; marks that are added cover none.
-
-    Args:
-        tokenizer: the pipeline's.
-        prompt: the text that is encoded.
-        length: number of tokens that it is cut to.
-
-    Raises:
-        ConceptMapsError: the tokenizer cannot tell.
-    """
-    if not tokenizer.is_fast:
-        raise ConceptMapsError(
-            f"{type(tokenizer).__name__} does not tell which characters a token covers; pass "
-            f"prompt_tokens={{word: positions}}"
-        )
-    encoded = tokenizer(prompt, truncation=True, max_length=length, return_offsets_mapping=True)
-    return list(encoded.offset_mapping)
-
-
-def find_tokens(spans: Sequence[tuple[int, int]], prompt: str, word: str) -> list[list[int]]:
-    """Positions of a word or phrase in the tokenized prompt, one list of sub-words per occurrence.
-
-    Characters are compared, not tokens: punctuation next to a word may change its tokens, a longer word may begin with
-    the same ones, and all unknown words share one.
-
-    Args:
-        spans: of the prompt's tokens, by `token_spans`.
-        prompt: the text.
-        word: what to find, as a whole word.
-
-    Raises:
-        ConceptMapsValueError: the prompt does not contain it, or not within its tokens.
-    """
-    pattern = r"\s+".join(re.escape(part) for part in word.split())
-    places = [match.span() for match in re.finditer(rf"(?<![^\W_]){pattern}(?![^\W_])", prompt)]
-    if not places:
-        raise ConceptMapsValueError(
-            f"{word!r} is not a word of the prompt {prompt!r}; with target='prompt' every concept must be in it"
-        )
-    if places[-1][1] > max(stop for _, stop in spans):
-        raise ConceptMapsValueError(
-            f"{word!r} lies beyond the {len(spans)} tokens of the prompt that the transformer sees; use a larger "
-            f"max_sequence_length or a shorter prompt"
-        )
-    return [
-        [token for token, (begin, end) in enumerate(spans) if begin < stop and start < end] for start, stop in places
-    ]
+from diffusers_concept_maps.tokens import find_tokens, words_of
 
 
 @dataclass(frozen=True)
@@ -106,6 +50,7 @@ class PromptTokens:
     def __init__(
         self,
         pipe: Any | None,
+        backbone: Backbone,
         names: tuple[str, ...] | None,
         positions: Mapping[str, Sequence[int]] | None,
         *,
@@ -115,6 +60,7 @@ class PromptTokens:
 
         Args:
             pipe: the pipeline; None for a bare transformer.
+            backbone: of its transformer.
             names: the target words; None for all words of the prompt.
             positions: token positions of every word, where the caller knows them.
             official: as official code, a word is the first sub-word of its first occurrence, and all rows of the text
@@ -122,6 +68,7 @@ class PromptTokens:
         """
         self.names: tuple[str, ...] = names or tuple(positions or ())
         self._pipe = pipe
+        self._backbone = backbone
         self._chosen = names
         self._given = positions
         self._official = official
@@ -199,7 +146,7 @@ class PromptTokens:
             raise ConceptMapsValueError(f"the prompt {self._prompts[0]!r} has no words to make maps of")
         tables = []
         for prompt in self._prompts:
-            spans = token_spans(self._pipe.tokenizer, prompt, length)
+            spans = self._backbone.token_spans(self._pipe, prompt, length)
             tables.append({name: self._join(find_tokens(spans, prompt, name)) for name in self.names})
         return tables
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from diffusers.utils import logging
 from torch import nn
 
-from diffusers_concept_maps.backbones import Backbone, Grid, JoiningBackbone, Site
+from diffusers_concept_maps.backbones import Backbone, CrossBackbone, Grid, JoiningBackbone, JointBackbone, Site
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
 from diffusers_concept_maps.heads import head_mask
 from diffusers_concept_maps.methods import LayerTaps
@@ -19,9 +19,20 @@ from diffusers_concept_maps.plan import CapturePlan
 from diffusers_concept_maps.progress import Place, RunTracker
 from diffusers_concept_maps.prompt import TextRows
 from diffusers_concept_maps.results import Results
-from diffusers_concept_maps.stream import ConceptStream, Heads
+from diffusers_concept_maps.stream import ConceptStream, FixedConcepts, Heads
 
 logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class _Announced:
+    """A forward pass that will be recorded if its first block has a row to record."""
+
+    transformer: nn.Module
+    call: Mapping[str, Any]
+    place: Place
+    grid: Grid
+    text_length: int
 
 
 @dataclass
@@ -29,23 +40,29 @@ class _Pass:
     """One forward pass that is recorded.
 
     Attributes:
+        transformer: the model.
+        call: what it was called with, by name.
         step: 0-based denoising step.
         rows: rows of the batch that are recorded.
         branches: rows of the guidance branches within those.
         grid: token grid.
-        stream: the concept tokens that re-enter the blocks; None where there are none or they join the blocks.
+        stream: the concept tokens that re-enter the blocks; None where there are none or they do otherwise.
         joined: the concept tokens that join the blocks (`attention="one_pass"`), None likewise.
+        fixed: the concepts that no block updates (cross-attention), None likewise.
         words: which text rows the words of the prompt are; None where concept tokens are the targets.
         multiplicity: float `[text row]`, how many equal rows each stands for; None is one each.
         arguments: what the current block was called with, by name.
     """
 
+    transformer: nn.Module
+    call: Mapping[str, Any]
     step: int
     rows: slice
     branches: dict[str, slice]
     grid: Grid
     stream: ConceptStream | None = None
     joined: JoinedConcepts | None = None
+    fixed: FixedConcepts | None = None
     words: TextRows | None = None
     multiplicity: torch.Tensor | None = None
     arguments: Mapping[str, Any] | None = None
@@ -59,24 +76,30 @@ class Recorder:
     """
 
     def __init__(
-        self, plan: CapturePlan, backbone: Backbone, transformer: Any, sites: list[Site], pipe: Any | None
+        self, plan: CapturePlan, backbone: Backbone, sites: Mapping[nn.Module, list[Site]], pipe: Any | None
     ) -> None:
-        """Assign only."""
+        """Assign only.
+
+        Args:
+            plan: what to record.
+            backbone: of the transformers.
+            sites: layers of every transformer.
+            pipe: the pipeline; None for a bare transformer.
+        """
         self.results = Results(plan)
         self._plan = plan
         self._backbone = backbone
-        self._transformer = transformer
         self._sites = sites
-        self._layer = {site.attention: layer for layer, site in enumerate(sites)}
+        self._layer = {site.attention: layer for own in sites.values() for layer, site in enumerate(own)}
         self._tracker = RunTracker(pipe, backbone)
-        self._announced: tuple[Place, Grid, int] | None = None
+        self._announced: _Announced | None = None
         self._words: TextRows | None = None
         self._moved: dict[torch.device, torch.Tensor] = {}
         self._warned = False
         self._pass: _Pass | None = None
 
-    def begin(self, call: Mapping[str, Any]) -> None:
-        """A forward pass of the transformer starts; `call` are its arguments by name.
+    def begin(self, transformer: nn.Module, call: Mapping[str, Any]) -> None:
+        """A forward pass of a transformer starts; `call` are its arguments by name.
 
         Raises:
             ConceptMapsError: a step out of range, or something has come in the way of `attention="one_pass"`.
@@ -85,15 +108,15 @@ class Recorder:
         place = self._tracker.locate(self._backbone.batch(call), call["timestep"])
         if place is None:
             return
-        self._check_processors()
+        self._check_processors(transformer)
         if self._plan.attention == "one_pass":
-            check_call(self._backbone, self._transformer)
+            check_call(self._backbone, transformer)
         if place.starts_run:
             self._words = None
             self.results.start_run(place.steps)
         if self._plan.includes(place.step, place.steps):
-            grid, text_length = self._backbone.grid(self._transformer, call), self._backbone.text_length(call)
-            self._announced = (place, grid, text_length)
+            grid, text_length = self._backbone.grid(transformer, call), self._backbone.text_length(call)
+            self._announced = _Announced(transformer, call, place, grid, text_length)
 
     def end(self, *, finished: bool) -> None:
         """The forward pass is over; `finished` is False if it raised."""
@@ -101,7 +124,7 @@ class Recorder:
             self.results.close_step()
         self._pass = self._announced = None
 
-    def hold(self, layer: int, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+    def hold(self, site: Site, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
         """A block is about to run; keep what its re-entry needs, or let the concepts join it.
 
         Returns:
@@ -111,14 +134,14 @@ class Recorder:
             ConceptMapsError: embeddings of another batch size, or a word that is not in the prompt.
         """
         if self._announced is not None:
-            self._start(*self._announced, arguments)
+            self._start(self._announced, arguments)
             self._announced = None
-        if self._pass is None or self.answering or layer > self._plan.deepest:
+        if self._pass is None or self.answering or self._layer[site.attention] > self._plan.deepest:
             return None
         if self._pass.joined is None:
             self._pass.arguments = arguments
             return None
-        return self._pass.joined.join(arguments) if self._serves(self._sites[layer]) else None
+        return self._pass.joined.join(arguments) if self._serves(site) else None
 
     def part(self, block_output: Any) -> Any:
         """A block has run; what it returned, less the concepts if they joined it."""
@@ -126,23 +149,23 @@ class Recorder:
             return block_output
         return self._pass.joined.part(block_output)
 
-    def _start(self, place: Place, grid: Grid, text_length: int, arguments: Mapping[str, Any]) -> None:
+    def _start(self, announced: _Announced, arguments: Mapping[str, Any]) -> None:
         """Start to record, by the batch of the first block: a cache may have left the unconditional half out."""
-        present = place.branches(self._backbone.batch(arguments))
+        present = announced.place.branches(self._backbone.batch(arguments))
         chosen = self._choose_rows(present)
         if chosen is None:
             return
         rows, branches = chosen
-        current = _Pass(place.step, rows, branches, grid)
+        current = _Pass(announced.transformer, announced.call, announced.place.step, rows, branches, announced.grid)
+        device = arguments["hidden_states"].device
         if self._plan.prompt is None:
-            self._start_stream(current, present, text_length, arguments["hidden_states"].device)
+            self._start_concepts(current, present, announced.text_length, device)
         else:
             if self._words is None or self._words.weights.shape[0] != rows.stop - rows.start:
-                device = arguments["hidden_states"].device
-                self._words = self._plan.prompt.rows(rows.stop - rows.start, text_length, device)
+                self._words = self._plan.prompt.rows(rows.stop - rows.start, announced.text_length, device)
                 self._plan.check_words()
             current.words = self._words
-        self.results.expect(grid, {name: s.stop - s.start for name, s in branches.items()})
+        self.results.expect(current.grid, {name: s.stop - s.start for name, s in branches.items()})
         self._pass = current
 
     def records(self, attention: nn.Module) -> bool:
@@ -153,6 +176,14 @@ class Recorder:
     def answering(self) -> bool:
         """Whether the current attention call is the nested one of the concepts."""
         return self._pass is not None and self._pass.stream is not None and self._pass.stream.answering
+
+    def text_tokens(self, attention: nn.Module) -> int:
+        """Number of text tokens in the joint sequence of the current call, for attention that is not handed text."""
+        current = self._pass
+        assert current is not None  # `records` is True
+        assert isinstance(self._backbone, JointBackbone)
+        site = self._sites[current.transformer][self._layer[attention]]
+        return self._backbone.text_tokens(site.block, self._arguments(current))
 
     @property
     def joined(self) -> JoinedConcepts | None:
@@ -197,23 +228,60 @@ class Recorder:
         def heads(tokens: slice) -> Heads:
             return Heads(*(tensor[current.rows, :, tokens] for tensor in (query, key, value, output)))
 
-        video = heads(image)
+        whole = heads(image)
         if current.words is not None:
             targets = Heads(*(current.words.select(tensor) for tensor in heads(text)))
         elif concepts is not None:
             targets = heads(concepts)
         else:
-            targets = self._advance(current, self._sites[layer], video)
+            site, arguments = self._sites[current.transformer][layer], self._arguments(current)
+            assert current.stream is not None  # concept tokens are the targets
+            targets = current.stream.advance(site, arguments, whole.key, whole.value)
+        current.arguments = None
+        video = Heads(*(tensor[:, :, current.grid.tokens] for tensor in whole))
         taps = LayerTaps(
             *(video.query, video.key, video.value, video.output),
             *(targets.query, targets.key, targets.value, targets.output),
             frames=current.grid.frames,
             multiplicity=current.multiplicity,
         )
-        with torch.autocast(query.device.type, enabled=False):
-            self._score(current, layer, taps)
+        self._score(current, layer, taps)
 
-    def _start_stream(
+    @torch.no_grad()
+    def observe_crossing(
+        self,
+        attention: nn.Module,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        text_key: torch.Tensor,
+        project: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        """The cross-attention of a layer has run: add the layer to the maps.
+
+        Args:
+            attention: the attention module.
+            query: `[batch, H, N, D]` of the image tokens, after norms.
+            output: attention output before the output projection, likewise.
+            text_key: keys of the text tokens `[batch, H, T, D]`.
+            project: from text as this attention takes it `[row, text, width]` to its keys `[row, H, text, D]`.
+        """
+        current, layer = self._pass, self._layer[attention]
+        assert current is not None  # `records` is True
+        if current.words is not None:
+            key = current.words.select(text_key[current.rows])
+        else:
+            assert current.fixed is not None  # concepts are the targets
+            key = project(current.fixed.context(self._arguments(current)["hidden_states"]))
+        image_query, image_output = (tensor[current.rows, :, current.grid.tokens] for tensor in (query, output))
+        taps = LayerTaps(
+            *(image_query, None, None, image_output),
+            *(None, key, None, None),
+            frames=current.grid.frames,
+            multiplicity=current.multiplicity,
+        )
+        self._score(current, layer, taps)
+
+    def _start_concepts(
         self, current: _Pass, present: Mapping[str, slice], text_length: int, device: torch.device
     ) -> None:
         """Set the concepts off, in the recorded rows or, where they join the blocks, in every row of the batch."""
@@ -230,27 +298,28 @@ class Recorder:
                 embeds = torch.cat([embeds, embeds.new_zeros(embeds.shape[0], 1, embeds.shape[2])], dim=1)
                 current.multiplicity = torch.ones(embeds.shape[1], device=embeds.device)
                 current.multiplicity[-1] = padding
-        weights, reads = current.multiplicity, self._plan.reads
-        if joins:
-            assert isinstance(self._backbone, JoiningBackbone)  # `check_one_pass` has looked
-            current.joined = JoinedConcepts(
-                self._backbone, self._transformer, embeds, multiplicity=weights, reads=reads
-            )
+        weights, reads, backbone = current.multiplicity, self._plan.reads, self._backbone
+        model, call = current.transformer, current.call
+        if isinstance(backbone, CrossBackbone):
+            current.fixed = FixedConcepts(backbone, model, embeds, current.rows, call=call)
+        elif joins:
+            assert isinstance(backbone, JoiningBackbone)  # `check_one_pass` has looked
+            current.joined = JoinedConcepts(backbone, model, embeds, call=call, multiplicity=weights, reads=reads)
         else:
+            assert isinstance(backbone, JointBackbone)
             current.stream = ConceptStream(
-                self._backbone, self._transformer, embeds, current.rows, multiplicity=weights, reads=reads
+                backbone, model, embeds, current.rows, call=call, multiplicity=weights, reads=reads
             )
 
     @staticmethod
-    def _advance(current: _Pass, site: Site, video: Heads) -> Heads:
-        arguments, current.arguments = current.arguments, None
-        if arguments is None:
+    def _arguments(current: _Pass) -> Mapping[str, Any]:
+        """What the current block was called with."""
+        if current.arguments is None:
             raise ConceptMapsError(
                 "an attention module ran outside of its block, so that its layer cannot be traced; call the "
                 "transformer itself"
             )
-        assert current.stream is not None  # concept tokens are the targets
-        return current.stream.advance(site, arguments, video.key, video.value)
+        return current.arguments
 
     def _choose_rows(self, present: Mapping[str, slice]) -> tuple[slice, dict[str, slice]] | None:
         """Rows of the batch to record, and the wanted branches as slices of those rows."""
@@ -260,11 +329,11 @@ class Recorder:
         start, stop = min(s.start for s in wanted.values()), max(s.stop for s in wanted.values())
         return slice(start, stop), {name: slice(s.start - start, s.stop - start) for name, s in wanted.items()}
 
-    def _check_processors(self) -> None:
+    def _check_processors(self, transformer: nn.Module) -> None:
         """Say so, once, when processors were replaced since the capture began: their layers cannot be recorded."""
         replaced = {
             layer: type(site.attention.processor).__name__
-            for layer, site in enumerate(self._sites)
+            for layer, site in enumerate(self._sites[transformer])
             if not self._serves(site)
         }
         if replaced and not self._warned:
@@ -298,16 +367,17 @@ class Recorder:
 
     def _score(self, current: _Pass, layer: int, taps: LayerTaps) -> None:
         masks: dict[object, torch.Tensor] = {}
-        for name, plan in self._plan.methods.items():
-            if layer not in plan.layers:
-                continue
-            if plan.heads not in masks:
-                masks[plan.heads] = head_mask(plan.heads, taps.image_output, taps.frames)
-            scores = self._finish(current, name, taps, masks[plan.heads])
-            for branch, rows in current.branches.items():
-                self.results.add(branch, name, current.step, layer, scores[rows])
-            if "head" in self._plan.detail:
-                self._score_heads(current, name, layer, taps)
+        with torch.autocast(taps.image_query.device.type, enabled=False):
+            for name, plan in self._plan.methods.items():
+                if layer not in plan.layers:
+                    continue
+                if plan.heads not in masks:
+                    masks[plan.heads] = head_mask(plan.heads, taps.image_output, taps.frames)
+                scores = self._finish(current, name, taps, masks[plan.heads])
+                for branch, rows in current.branches.items():
+                    self.results.add(branch, name, current.step, layer, scores[rows])
+                if "head" in self._plan.detail:
+                    self._score_heads(current, name, layer, taps)
 
     def _score_heads(self, current: _Pass, name: str, layer: int, taps: LayerTaps) -> None:
         """The map of every head by itself, whether the method would choose it or not."""

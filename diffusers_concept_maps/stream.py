@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from diffusers_concept_maps import ops
-from diffusers_concept_maps.backbones import Backbone, Site
+from diffusers_concept_maps.backbones import CrossBackbone, JointBackbone, Site
 
 READS = ("both", "image", "concepts", "none")
 """What concept tokens attend to (ConceptAttention's ablation); "none" leaves each with its own value."""
@@ -37,11 +37,12 @@ class ConceptStream:
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: JointBackbone,
         transformer: Any,
         embeds: torch.Tensor,
         rows: slice,
         *,
+        call: Mapping[str, Any],
         multiplicity: torch.Tensor | None,
         reads: str,
     ) -> None:
@@ -52,6 +53,7 @@ class ConceptStream:
             transformer: the model.
             embeds: text encoder states `[row, concept, text_width]`.
             rows: rows of the batch that the concepts belong to.
+            call: what the transformer was called with, by name.
             multiplicity: float `[concept]`, how many equal concepts each one stands for; None is one each.
             reads: one of `READS`.
         """
@@ -60,6 +62,7 @@ class ConceptStream:
         self._transformer = transformer
         self._embeds = embeds
         self._rows = rows
+        self._call = call
         self._multiplicity = multiplicity
         self._reads = reads
         self._concepts: torch.Tensor | None = None
@@ -81,19 +84,22 @@ class ConceptStream:
             What the concepts' attention was in this block.
         """
         if self._concepts is None:
-            self._concepts = self._backbone.enter(self._transformer, self._embeds, arguments["hidden_states"])
-        nested = self._backbone.reentry(arguments, self._concepts, self._rows)
+            like = arguments["hidden_states"]
+            self._concepts = self._backbone.enter(self._transformer, self._embeds, like, self._call, self._rows)
+        nested = self._backbone.reentry(site.block, arguments, self._concepts, self._rows)
         # Caches patch `forward` of attention modules in the instance; the nested call must not reach their state.
-        patched = site.attention.__dict__.pop("forward", None)
+        attentions = (site.attention, *site.others)
+        patched = [attention.__dict__.pop("forward", None) for attention in attentions]
         self._image, self.answering = (image_key, image_value), True
         try:
             # Dropout of a block that is being trained draws for the concepts too.
             with torch.random.fork_rng(_devices(image_key), enabled=site.block.training):
-                self._concepts = self._backbone.leave(type(site.block).forward(site.block, **nested))
+                self._concepts = self._backbone.leave(site.block, site.forward(site.block, **nested))
         finally:
             self._image, self.answering = None, False
-            if patched is not None:
-                site.attention.__dict__["forward"] = patched
+            for attention, forward in zip(attentions, patched, strict=True):
+                if forward is not None:
+                    attention.__dict__["forward"] = forward
         assert self._answered is not None  # the block's attention has called `answer`
         answered, self._answered = self._answered, None
         return answered
@@ -123,6 +129,38 @@ class ConceptStream:
             )
         self._answered = Heads(query, key, value, output)
         return output
+
+
+class FixedConcepts:
+    """Concepts in one forward pass of a model whose text no block updates."""
+
+    def __init__(
+        self,
+        backbone: CrossBackbone,
+        transformer: Any,
+        embeds: torch.Tensor,
+        rows: slice,
+        *,
+        call: Mapping[str, Any],
+    ) -> None:
+        """Assign only; see `ConceptStream`."""
+        self._backbone = backbone
+        self._transformer = transformer
+        self._embeds = embeds
+        self._rows = rows
+        self._call = call
+        self._context: torch.Tensor | None = None
+
+    def context(self, like: torch.Tensor) -> torch.Tensor:
+        """The concepts as every block's cross-attention takes its text `[row, concept, width]`.
+
+        Args:
+            like: the image stream, in the model's dtype and device.
+        """
+        if self._context is None:
+            with torch.random.fork_rng(_devices(like), enabled=self._transformer.training):
+                self._context = self._backbone.context(self._transformer, self._embeds, like, self._call, self._rows)
+        return self._context
 
 
 def _devices(tensor: torch.Tensor) -> list[torch.device]:

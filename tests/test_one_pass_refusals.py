@@ -19,7 +19,7 @@ from torch import nn
 
 import diffusers_concept_maps as dcm
 from diffusers_concept_maps import backbones, one_directional, recorder
-from diffusers_concept_maps.backbones import Backbone
+from diffusers_concept_maps.backbones import JointBackbone
 
 CONCEPTS = ["dog", "running", "sky"]
 METHODS = ("concept_attention", "imap")
@@ -87,7 +87,7 @@ def test_training_is_refused(pipe: CogVideoXPipeline) -> None:
     assert maps.get().isfinite().all()
 
 
-class Unjoined(Backbone):
+class Unjoined(JointBackbone):
     """The backbone of CogVideoX, less what lets concepts join a block."""
 
     transformer_classes = ("UnjoinedTransformer",)

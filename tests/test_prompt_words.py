@@ -14,7 +14,9 @@ from subwords import QUOTED, QUOTED_WORDS, REPEATED, ROCKET, ROCKET_WORDS, call,
 from transformers import ByT5Tokenizer
 
 import diffusers_concept_maps as dcm
-from diffusers_concept_maps.prompt import PromptTokens, find_tokens, token_spans, words_of
+from diffusers_concept_maps.backbones.cogvideox import BACKBONE
+from diffusers_concept_maps.prompt import PromptTokens
+from diffusers_concept_maps.tokens import find_tokens, token_spans, words_of
 
 
 def tokens_of(prompt: str, word: str, length: int = 64) -> list[list[int]]:
@@ -107,7 +109,7 @@ def test_a_tokenizer_that_knows_no_characters() -> None:
 
 
 def test_several_videos_of_every_prompt_follow_one_another() -> None:
-    words = PromptTokens(pipeline(), ("dog", "a"), None, official=True)
+    words = PromptTokens(pipeline(), BACKBONE, ("dog", "a"), None, official=True)
     words.listen()
     try:
         pipeline().encode_prompt([ROCKET, QUOTED], max_sequence_length=tiny.TEXT_LENGTH)

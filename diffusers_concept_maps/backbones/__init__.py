@@ -8,17 +8,27 @@ from typing import Any
 
 from torch import nn
 
-from diffusers_concept_maps.backbones._base import Backbone, Grid, JoiningBackbone, Preset, Site
+from diffusers_concept_maps.backbones._base import (
+    Backbone,
+    CrossBackbone,
+    Grid,
+    JoiningBackbone,
+    JointBackbone,
+    Preset,
+    Site,
+)
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
 
 __all__ = [
     "Backbone",
+    "CrossBackbone",
     "Grid",
     "JoiningBackbone",
+    "JointBackbone",
     "Preset",
     "Site",
     "find_backbone",
-    "find_transformer",
+    "find_transformers",
     "register",
     "supported",
 ]
@@ -46,17 +56,20 @@ def supported() -> tuple[str, ...]:
     return tuple(sorted(_BACKBONES))
 
 
-def find_transformer(pipe_or_transformer: Any) -> Any:
-    """The transformer to trace: the object itself, or the pipeline's.
+def find_transformers(pipe_or_transformer: Any) -> list[Any]:
+    """The transformers to trace: the object itself, or those of the pipeline.
+
+    Two share the steps of Wan 2.2's pipelines, and in some checkpoints either one alone does the work.
 
     Raises:
         ConceptMapsValueError: neither a module nor a pipeline with a transformer.
     """
     if isinstance(pipe_or_transformer, nn.Module):
-        return pipe_or_transformer
-    transformer = getattr(pipe_or_transformer, "transformer", None)
-    if isinstance(transformer, nn.Module):
-        return transformer
+        return [pipe_or_transformer]
+    named = (getattr(pipe_or_transformer, name, None) for name in ("transformer", "transformer_2"))
+    found = [transformer for transformer in named if isinstance(transformer, nn.Module)]
+    if found:
+        return found
     raise ConceptMapsValueError(
         f"{type(pipe_or_transformer).__name__} has no transformer to trace; pass a diffusers pipeline whose "
         f"`transformer` is one of {', '.join(supported())}, or such a transformer"

@@ -11,23 +11,50 @@ import torch
 from torch import nn
 
 from diffusers_concept_maps.heads import HeadSelection
+from diffusers_concept_maps.tokens import token_spans
 
 
 @dataclass(frozen=True)
 class Site:
-    """One layer: a transformer block and the attention module in it that maps are read from."""
+    """One layer.
+
+    Attributes:
+        block: a transformer block.
+        attention: the attention module in it that maps are read from.
+        others: attention modules in it that see images alone, and that a block without an image has to do without.
+        forward: of the block's class; looked up once, because a compiled graph cannot do it.
+    """
 
     block: nn.Module
     attention: Any
+    others: tuple[Any, ...] = ()
+    forward: Any = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Look the forward up."""
+        object.__setattr__(self, "forward", type(self.block).forward)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Token grid of the image stream: latent frames, then rows and columns of patches."""
+    """Token grid of the image stream: latent frames, then rows and columns of patches.
+
+    Attributes:
+        frames: latent frames, or what the model makes tokens of.
+        height: rows of patches.
+        width: columns of patches.
+        start: image tokens in front of it, such as those of reference images; whatever follows it is left out as well.
+    """
 
     frames: int
     height: int
     width: int
+    start: int = 0
+
+    @property
+    def tokens(self) -> slice:
+        """Where its tokens are among those of the image stream."""
+        return slice(self.start, self.start + self.frames * self.height * self.width)
 
 
 @dataclass(frozen=True)
@@ -94,13 +121,26 @@ class Backbone(ABC):
     def grid(self, transformer: Any, call: Mapping[str, Any]) -> Grid:
         """Token grid of a forward pass, from the arguments of the transformer."""
 
-    @abstractmethod
     def batch(self, call: Mapping[str, Any]) -> int:
-        """Batch size of a forward pass, from the arguments of the transformer."""
+        """Batch size of a forward pass, from the arguments of the transformer or of a block."""
+        return int(call["hidden_states"].shape[0])
 
-    @abstractmethod
     def text_length(self, call: Mapping[str, Any]) -> int:
         """Number of text tokens of a forward pass, from the arguments of the transformer."""
+        return int(call["encoder_hidden_states"].shape[1])
+
+    def token_spans(self, pipe: Any, prompt: str, length: int) -> list[tuple[int, int]]:
+        """The characters `(start, stop)` of a prompt that each text token covers; marks that are added cover none.
+
+        Args:
+            pipe: whose tokenizer to use.
+            prompt: the text that is encoded.
+            length: number of text tokens of the forward pass.
+
+        Raises:
+            ConceptMapsError: the tokenizer cannot tell.
+        """
+        return token_spans(pipe.tokenizer, prompt, length)
 
     def timesteps(self, scheduled: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
         """What the family's pipelines hand to the transformer at each timestep of the scheduler, to the bit.
@@ -123,30 +163,6 @@ class Backbone(ABC):
         """
         return {"frames_per_latent": 1, "latents_per_token": 1}
 
-    @abstractmethod
-    def enter(self, transformer: Any, embeds: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """Concept states before the first block `[row, concept, width]`, by the model's own text projection.
-
-        Args:
-            transformer: the model.
-            embeds: text encoder states `[row, concept, text_width]`.
-            like: the image stream before the first block `[batch, token, width]`, in the model's dtype and device.
-        """
-
-    @abstractmethod
-    def reentry(self, arguments: Mapping[str, Any], concepts: torch.Tensor, rows: slice) -> dict[str, Any]:
-        """Arguments with which a block's own forward advances the concepts: an empty image stream, concepts as text.
-
-        Args:
-            arguments: what the block was called with, by name.
-            concepts: concept states `[row, concept, width]`.
-            rows: the rows of the batch that the concepts belong to.
-        """
-
-    @abstractmethod
-    def leave(self, block_output: Any) -> torch.Tensor:
-        """The concept states in what the re-entered block returned."""
-
     def preset(self, transformer: Any) -> Preset | None:
         """The preset whose `config` entries the transformer's config has."""
         config = transformer.config
@@ -156,7 +172,70 @@ class Backbone(ABC):
         return None
 
 
-class JoiningBackbone(Backbone):
+class JointBackbone(Backbone):
+    """A family whose blocks attend jointly over text and image, so that concepts can be carried through them."""
+
+    @abstractmethod
+    def enter(
+        self, transformer: Any, embeds: torch.Tensor, like: torch.Tensor, call: Mapping[str, Any], rows: slice
+    ) -> torch.Tensor:
+        """Concept states before the first block `[row, concept, width]`, by the model's own text projection.
+
+        Args:
+            transformer: the model.
+            embeds: text encoder states `[row, concept, text_width]`.
+            like: the image stream before the first block `[batch, token, width]`, in the model's dtype and device.
+            call: arguments of the transformer by name, for projections that depend on the timestep.
+            rows: the rows of the batch that the concepts belong to.
+        """
+
+    def text_tokens(self, block: nn.Module, arguments: Mapping[str, Any]) -> int:
+        """Number of text tokens in the joint sequence of a block.
+
+        Args:
+            block: of which attention is called with text and image in one sequence, for a model whose attention
+                cannot tell them apart.
+            arguments: what the block was called with, by name.
+        """
+        return int(arguments["encoder_hidden_states"].shape[1])
+
+    @abstractmethod
+    def reentry(
+        self, block: nn.Module, arguments: Mapping[str, Any], concepts: torch.Tensor, rows: slice
+    ) -> dict[str, Any]:
+        """Arguments with which a block's own forward advances the concepts: an empty image stream, concepts as text.
+
+        Args:
+            block: one of those of `sites`.
+            arguments: what the block was called with, by name.
+            concepts: concept states `[row, concept, width]`.
+            rows: the rows of the batch that the concepts belong to.
+        """
+
+    @abstractmethod
+    def leave(self, block: nn.Module, block_output: Any) -> torch.Tensor | None:
+        """The concept states in what the re-entered block returned; None behind the last block that has text."""
+
+
+class CrossBackbone(Backbone):
+    """A family whose image tokens read a text that no block updates: concepts have keys there, and no state."""
+
+    @abstractmethod
+    def context(
+        self, transformer: Any, embeds: torch.Tensor, like: torch.Tensor, call: Mapping[str, Any], rows: slice
+    ) -> torch.Tensor:
+        """Concepts as the blocks' cross-attention takes its text `[row, concept, width]`; arguments as for `enter`.
+
+        Args:
+            transformer: the model.
+            embeds: text encoder states `[row, concept, text_width]`.
+            like: the image stream before the first block `[batch, token, width]`, in the model's dtype and device.
+            call: arguments of the transformer by name, for projections that depend on the timestep.
+            rows: the rows of the batch that the concepts belong to.
+        """
+
+
+class JoiningBackbone(JointBackbone):
     """A family whose blocks carry a text stream that concepts can ride in, as `attention="one_pass"` needs."""
 
     @abstractmethod

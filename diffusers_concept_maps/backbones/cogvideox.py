@@ -10,13 +10,12 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 import torch
-from diffusers.utils import logging
+from torch import nn
 
 from diffusers_concept_maps.backbones._base import Grid, JoiningBackbone, Preset, Site
-from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
+from diffusers_concept_maps.errors import ConceptMapsError
 from diffusers_concept_maps.heads import HeadSelection
-
-logger = logging.get_logger(__name__)
+from diffusers_concept_maps.tokens import word_tokens
 
 _IMAP_SCRIPTS = (
     "motion layers and top-5 heads of the scripts published with IMAP (arXiv 2603.02919); all steps, as there"
@@ -94,28 +93,11 @@ class CogVideoXBackbone(JoiningBackbone):
             )
         limit = int(pipe.transformer.config.max_text_seq_length) if length is None else None
         length = length or int(pipe.transformer.config.max_text_seq_length)
-        counts = [min(self._word_tokens(pipe.tokenizer, text, limit), length - 1) for text in texts]
+        counts = [min(word_tokens(pipe.tokenizer, text, limit), length - 1) for text in texts]
         # Dropout of a text encoder that is being trained would draw from the global random state.
         with torch.no_grad(), torch.random.fork_rng(enabled=pipe.text_encoder.training):
             states, _ = pipe.encode_prompt(texts, do_classifier_free_guidance=False, max_sequence_length=length)
         return states, counts
-
-    @staticmethod
-    def _word_tokens(tokenizer: Any, text: str, limit: int | None) -> int:
-        tokens = tokenizer(text, add_special_tokens=False).input_ids
-        if limit is not None and len(tokens) > limit - 1:
-            raise ConceptMapsValueError(
-                f"concept {text!r} has {len(tokens)} tokens; expected at most {limit - 1}. Shorten it."
-            )
-        if all(token == tokenizer.unk_token_id for token in tokens):
-            raise ConceptMapsValueError(
-                f"concept {text!r} has no word that the tokenizer knows; use words the model was trained with"
-            )
-        if tokenizer.unk_token_id in tokens:
-            logger.warning(
-                f"Concept {text!r} has words that the tokenizer does not know; its map will say little of them."
-            )
-        return len(tokens)
 
     def grid(self, transformer: Any, call: Mapping[str, Any]) -> Grid:
         """See `Backbone.grid`; latents are `[batch, frame, channel, height, width]`.
@@ -127,10 +109,6 @@ class CogVideoXBackbone(JoiningBackbone):
         patch = int(transformer.config.patch_size)
         return Grid(frames // _latents_per_token(transformer), height // patch, width // patch)
 
-    def text_length(self, call: Mapping[str, Any]) -> int:
-        """See `Backbone.text_length`."""
-        return int(call["encoder_hidden_states"].shape[1])
-
     def geometry(self, transformer: Any) -> dict[str, int]:
         """See `Backbone.geometry`."""
         return {
@@ -138,12 +116,10 @@ class CogVideoXBackbone(JoiningBackbone):
             "latents_per_token": _latents_per_token(transformer),
         }
 
-    def batch(self, call: Mapping[str, Any]) -> int:
-        """See `Backbone.batch`."""
-        return int(call["hidden_states"].shape[0])
-
-    def enter(self, transformer: Any, embeds: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """See `Backbone.enter`.
+    def enter(
+        self, transformer: Any, embeds: torch.Tensor, like: torch.Tensor, call: Mapping[str, Any], rows: slice
+    ) -> torch.Tensor:
+        """See `JointBackbone.enter`.
 
         Text has no position where positions are rotary or sin-cos (the table's text rows are zero). In a learned
         table it may have: every concept then gets that of the first text token, so that their order is of no matter.
@@ -159,16 +135,18 @@ class CogVideoXBackbone(JoiningBackbone):
             concepts = concepts + patch_embed.pos_embedding[:, :1].to(concepts)
         return cast(torch.Tensor, concepts)
 
-    def reentry(self, arguments: Mapping[str, Any], concepts: torch.Tensor, rows: slice) -> dict[str, Any]:
-        """See `Backbone.reentry`; text has no rotary embedding, and one time embedding may serve the whole batch."""
+    def reentry(
+        self, block: nn.Module, arguments: Mapping[str, Any], concepts: torch.Tensor, rows: slice
+    ) -> dict[str, Any]:
+        """See `JointBackbone.reentry`; text has no rotary embedding, and one time embedding may serve all rows."""
         return {
             "hidden_states": concepts.new_empty(concepts.shape[0], 0, concepts.shape[2]),
             "encoder_hidden_states": concepts,
             "temb": arguments["temb"].expand(arguments["hidden_states"].shape[0], -1)[rows],
         }
 
-    def leave(self, block_output: Any) -> torch.Tensor:
-        """See `Backbone.leave`; a block returns video, then text."""
+    def leave(self, block: nn.Module, block_output: Any) -> torch.Tensor:
+        """See `JointBackbone.leave`; a block returns video, then text."""
         return cast(torch.Tensor, block_output[1])
 
     def join(self, arguments: Mapping[str, Any], concepts: torch.Tensor) -> dict[str, Any]:

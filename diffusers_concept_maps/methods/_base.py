@@ -17,23 +17,26 @@ METHODS: dict[str, Method] = {}
 SPACES = ("output", "value", "query_key")
 """What `concept_attention` compares: attention outputs, values, or concept queries with video keys."""
 
+_WHOLE = ("frames", "multiplicity")  # what a layer has once, not once for every head
+
 
 @dataclass(frozen=True)
 class LayerTaps:
     """What one attention layer shows of the recorded rows of the batch, after norms and rotary embedding.
 
     R rows, H heads, T rows of the text axis (concepts or prompt tokens), N image tokens, D head width; outputs are
-    those before the output projection.
+    those before the output projection. In cross-attention only images ask and only text answers: what is None there
+    exists in joint attention alone.
     """
 
     image_query: torch.Tensor  # [R, H, N, D]
-    image_key: torch.Tensor  # [R, H, N, D]
-    image_value: torch.Tensor  # [R, H, N, D]
+    image_key: torch.Tensor | None  # [R, H, N, D]
+    image_value: torch.Tensor | None  # [R, H, N, D]
     image_output: torch.Tensor  # [R, H, N, D]
-    text_query: torch.Tensor  # [R, H, T, D]
+    text_query: torch.Tensor | None  # [R, H, T, D]
     text_key: torch.Tensor  # [R, H, T, D]
-    text_value: torch.Tensor  # [R, H, T, D]
-    text_output: torch.Tensor  # [R, H, T, D]
+    text_value: torch.Tensor | None  # [R, H, T, D]
+    text_output: torch.Tensor | None  # [R, H, T, D]
     frames: int
     multiplicity: torch.Tensor | None = None  # [T], how many equal rows each row of the text axis stands for
 
@@ -44,12 +47,9 @@ class LayerTaps:
 
     def head(self, index: int) -> LayerTaps:
         """The same layer as if it had this head only."""
-        tensors = {
-            name: getattr(self, name)[:, index : index + 1]
-            for name in self.__dataclass_fields__
-            if name not in ("frames", "multiplicity")
-        }
-        return LayerTaps(**tensors, frames=self.frames, multiplicity=self.multiplicity)
+        tensors = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in _WHOLE}
+        heads = {name: None if tensor is None else tensor[:, index : index + 1] for name, tensor in tensors.items()}
+        return LayerTaps(**heads, frames=self.frames, multiplicity=self.multiplicity)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,13 @@ class Method(ABC):
         default_normalize: normalization for two or more concepts; "softmax" over a single concept would be constant,
             so that one gets "none" instead.
         default_heads: head selection where the caller and the preset name none; None is all heads.
+        reading: it needs the queries or outputs of text rows, which exist where text reads, too (joint attention).
     """
 
     name: ClassVar[str]
     default_normalize: ClassVar[str]
     default_heads: ClassVar[HeadSelection | None] = None
+    reading: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

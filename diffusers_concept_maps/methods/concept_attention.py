@@ -18,6 +18,7 @@ class ConceptAttention(Method):
 
     name: ClassVar[str] = "concept_attention"
     default_normalize: ClassVar[str] = "softmax"
+    reading: ClassVar[bool] = True
 
     def score(self, taps: LayerTaps, heads: torch.Tensor, rules: Rules) -> torch.Tensor:
         """See `Method.score`; heads are summed, as a dot product of concatenated heads does."""
@@ -26,4 +27,6 @@ class ConceptAttention(Method):
             "value": (taps.text_value, taps.image_value),
             "query_key": (taps.text_query, taps.image_key),
         }[rules.space]
+        assert text is not None  # the plan has refused cross-attention
+        assert image is not None
         return ops.output_similarity(text, image, heads, standardize=rules.standardize, multiplicity=taps.multiplicity)

@@ -171,10 +171,10 @@ def test_every_concept_enters_at_the_learned_position_of_the_first_word(name: st
     table = transformer.patch_embed.pos_embedding[0]
     assert not torch.equal(table[0], table[1])
     embeds = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(2))
-    entered = BACKBONE.enter(transformer, embeds, torch.empty(2, 45, 64))
+    entered = BACKBONE.enter(transformer, embeds, torch.empty(2, 45, 64), {}, slice(None))
     expected = torch.nn.functional.linear(embeds, *transformer.patch_embed.text_proj.parameters()) + table[0]
     torch.testing.assert_close(entered, expected, rtol=0, atol=1e-6)
-    other_length = BACKBONE.enter(transformer, embeds, torch.empty(2, 60, 64))
+    other_length = BACKBONE.enter(transformer, embeds, torch.empty(2, 60, 64), {}, slice(None))
     torch.testing.assert_close(other_length, expected - table[0], rtol=0, atol=1e-5)
 
 

@@ -1,0 +1,99 @@
+"""Words and tokens of a text: which there are, and which characters each covers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from diffusers.utils import logging
+
+from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
+
+logger = logging.get_logger(__name__)
+
+_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+
+
+def words_of(prompt: str) -> tuple[str, ...]:
+    """The different words of a prompt in order of appearance, without punctuation."""
+    return tuple(dict.fromkeys(_WORD.findall(prompt)))
+
+
+def token_spans(tokenizer: Any, prompt: str, length: int) -> list[tuple[int, int]]:
+    """The characters `(start, stop)` of a prompt that each of its tokens covers; marks that are added cover none.
+
+    Args:
+        tokenizer: the pipeline's.
+        prompt: the text that is encoded.
+        length: number of tokens that it is cut to.
+
+    Raises:
+        ConceptMapsError: the tokenizer cannot tell.
+    """
+    if not tokenizer.is_fast:
+        raise ConceptMapsError(
+            f"{type(tokenizer).__name__} does not tell which characters a token covers; pass "
+            f"prompt_tokens={{word: positions}}"
+        )
+    encoded = tokenizer(prompt, truncation=True, max_length=length, return_offsets_mapping=True)
+    return list(encoded.offset_mapping)
+
+
+def find_tokens(spans: Sequence[tuple[int, int]], prompt: str, word: str) -> list[list[int]]:
+    """Positions of a word or phrase in the tokenized prompt, one list of sub-words per occurrence.
+
+    Characters are compared, not tokens: punctuation next to a word may change its tokens, a longer word may begin with
+    the same ones, and all unknown words share one.
+
+    Args:
+        spans: of the prompt's tokens, by `token_spans`.
+        prompt: the text.
+        word: what to find, as a whole word.
+
+    Raises:
+        ConceptMapsValueError: the prompt does not contain it, or not within its tokens.
+    """
+    pattern = r"\s+".join(re.escape(part) for part in word.split())
+    places = [match.span() for match in re.finditer(rf"(?<![^\W_]){pattern}(?![^\W_])", prompt)]
+    if not places:
+        raise ConceptMapsValueError(
+            f"{word!r} is not a word of the prompt {prompt!r}; with target='prompt' every concept must be in it"
+        )
+    if places[-1][1] > max(stop for _, stop in spans):
+        raise ConceptMapsValueError(
+            f"{word!r} lies beyond the {len(spans)} tokens of the prompt that the transformer sees; use a larger "
+            f"max_sequence_length or a shorter prompt"
+        )
+    return [
+        [token for token, (begin, end) in enumerate(spans) if begin < stop and start < end] for start, stop in places
+    ]
+
+
+def word_tokens(tokenizer: Any, text: str, limit: int | None) -> int:
+    """Number of tokens of a concept, without the marks that a tokenizer adds.
+
+    Args:
+        tokenizer: the pipeline's.
+        text: a word or phrase.
+        limit: tokens that the model takes, one of them an end mark; None does not check it.
+
+    Raises:
+        ConceptMapsValueError: it does not fit, or the tokenizer knows none of its words.
+    """
+    tokens = tokenizer(text, add_special_tokens=False).input_ids
+    if limit is not None and len(tokens) > limit - 1:
+        raise ConceptMapsValueError(
+            f"concept {text!r} has {len(tokens)} tokens; expected at most {limit - 1}. Shorten it."
+        )
+    # Where the unknown token is the end mark as well (CLIP), tokens tell nothing.
+    unknown = tokenizer.unk_token_id if tokenizer.unk_token_id != tokenizer.eos_token_id else None
+    if unknown is not None and all(token == unknown for token in tokens):
+        raise ConceptMapsValueError(
+            f"concept {text!r} has no word that the tokenizer knows; use words the model was trained with"
+        )
+    if unknown is not None and unknown in tokens:
+        logger.warning(
+            f"Concept {text!r} has words that the tokenizer does not know; its map will say little of them."
+        )
+    return len(tokens)
