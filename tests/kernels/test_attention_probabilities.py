@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from concept_map_kernels._common import INTERPRETED
 from concept_map_kernels.attention_probabilities import (
     attention_probabilities,
     joint_launch_shape,
@@ -152,21 +149,6 @@ def test_rows_that_share_one_tensor(joint: bool, device: torch.device) -> None:
         given[position] = given[position].expand(2, -1, -1, -1)
     given[3] = given[3].expand(2, -1)
     check(given, joint)
-
-
-def test_offsets_beyond_32_bits(tmp_path: Path, device: torch.device) -> None:
-    """Image tokens 2^27 elements apart; on a CPU the file behind them has holes, so that it takes no room."""
-    given = arguments(1, 1, 2, 9, 18, 32, device, torch.float16)
-    for position in (0, 4):
-        size, path = 2**27 * 18, tmp_path / f"holes{position}"
-        if INTERPRETED:
-            holes = torch.from_file(str(path), shared=True, size=size, dtype=torch.float16)
-        else:
-            holes = torch.empty(size, dtype=torch.float16, device=device)
-        far = holes.as_strided((1, 1, 18, 32), (1, 1, 2**27, 1))
-        far.copy_(given[position])
-        given[position] = far
-    check(given, True)
 
 
 def test_what_is_enabled() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -120,20 +118,6 @@ def test_token_major_and_sliced_tensors(device: torch.device) -> None:
 def test_rows_that_share_one_tensor(device: torch.device) -> None:
     tensors = arguments(1, 2, 3, 30, 32, torch.float32, device)
     check([tensor.expand(2, -1, -1, -1) for tensor in tensors])
-
-
-def test_offsets_beyond_32_bits(tmp_path: Path, device: torch.device) -> None:
-    """Keys 2^27 elements apart; on a CPU the file behind them has holes, so that it takes no room."""
-    tensors = arguments(1, 1, 2, 18, 32, torch.float16, device)
-    size = 2**27 * 18
-    if INTERPRETED:
-        far = torch.from_file(str(tmp_path / "holes"), shared=True, size=size, dtype=torch.float16)
-    else:
-        far = torch.empty(size, dtype=torch.float16, device=device)
-    image_key = far.as_strided((1, 1, 18, 32), (1, 1, 2**27, 1))
-    image_key.copy_(tensors[3])
-    found = concept_attention(*tensors[:3], image_key, tensors[4], None)
-    assert torch.equal(found, concept_attention(*tensors, None))
 
 
 def test_large_logits(device: torch.device) -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from concept_map_kernels._common import INTERPRETED
 from concept_map_kernels.query_key_argmax import launch_shape, query_key_argmax, supports
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -135,19 +132,6 @@ def test_token_major_and_sliced_tensors(device: torch.device) -> None:
 def test_rows_that_share_one_tensor(device: torch.device) -> None:
     query, key = arguments(1, 2, 3, 30, 32, device)
     check(query.expand(2, -1, -1, -1), key.expand(2, -1, -1, -1), 3)
-
-
-def test_offsets_beyond_32_bits(tmp_path: Path, device: torch.device) -> None:
-    """Queries 2^27 elements apart; on a CPU the file behind them has holes, so that it takes no room."""
-    query, key = arguments(1, 1, 2, 18, 32, device, torch.float16)
-    size = 2**27 * 18
-    if INTERPRETED:
-        holes = torch.from_file(str(tmp_path / "holes"), shared=True, size=size, dtype=torch.float16)
-    else:
-        holes = torch.empty(size, dtype=torch.float16, device=device)
-    far = holes.as_strided((1, 1, 18, 32), (1, 1, 2**27, 1))
-    far.copy_(query)
-    check(far, key, 2)
 
 
 def test_what_is_enabled() -> None:
