@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry, attention_backend
+from markers import needs_xformers
 from torch.nn.attention import varlen
 
 from diffusers_concept_maps import one_directional
@@ -130,10 +131,10 @@ def test_a_mask_of_the_main_attention() -> None:
     torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-6)
 
 
+@needs_xformers
 @pytest.mark.parametrize("batch", [1, 2, 3])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_the_mask_for_xformers(layout: Layout, batch: int) -> None:
-    pytest.importorskip("xformers.ops.fmha", reason="xformers is made for GPUs and not installed")
     size = batch * sum(layout)
     materialized = gappy_keys_mask(layout, batch, CPU).materialize((size, size))
     expected = torch.zeros(size, size).masked_fill(~block_diagonal(layout, batch), -math.inf)
@@ -382,14 +383,12 @@ def test_flash_needs_ampere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("backend", ["native", "_native_flash", "xformers"])
+@pytest.mark.parametrize("backend", ["native", "_native_flash", pytest.param("xformers", marks=needs_xformers)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_backends_on_a_gpu(
     layout: Layout, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch, warnings_of: list[str]
 ) -> None:
-    if backend == "xformers":
-        pytest.importorskip("xformers.ops.fmha", reason="xformers is made for GPUs and not installed")
     active = _AttentionBackendRegistry._active_backend
     monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", type(active)(backend))
     query, key, value = (tensor.cuda() for tensor in tensors(layout, dtype=dtype))

@@ -13,6 +13,7 @@ from diffusers.hooks.context_parallel import apply_context_parallel
 from diffusers.models._modeling_parallel import ContextParallelOutput, ParallelConfig
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.attention_processor import Attention, CogVideoXAttnProcessor2_0
+from markers import needs_xformers
 from test_non_interference import CACHES, cache_config
 from test_undo import assert_same, snapshot
 from torch import nn
@@ -237,11 +238,9 @@ def test_a_replaced_layer_is_passed_over_as_in_exact(pipe: CogVideoXPipeline, wa
     assert len(warnings_of) == 2
 
 
-@pytest.mark.parametrize("backend", ["native", "_native_math", "xformers"])
+@pytest.mark.parametrize("backend", ["native", "_native_math", pytest.param("xformers", marks=needs_xformers)])
 @pytest.mark.parametrize("attention", ["exact", "one_pass"])
 def test_attention_backends_keep_working(pipe: CogVideoXPipeline, attention: str, backend: str) -> None:
-    if backend == "xformers":
-        pytest.importorskip("xformers.ops", reason="xformers is made for GPUs and not installed")
     off = tiny.call(pipe)
     with attention_backend("native"):  # puts back what the model is about to set for the whole process
         with dcm.trace(pipe, CONCEPTS, attention=attention) as maps:

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from markers import needs_xformers
+from packaging.requirements import Requirement
 
 import diffusers_concept_maps
 
@@ -217,6 +219,15 @@ def test_imports_are_found(tmp_path: Path) -> None:
     everything = early | {"imageio", "matplotlib.pyplot"}
     assert foreign_imports(tmp_path, set(), at_import_time=False) == {"module.py": everything} | other
     assert foreign_imports(tmp_path, {"torch", "triton", "sklearn"}, at_import_time=True) == {}
+
+
+def test_no_test_skips_where_the_extra_brings_xformers() -> None:
+    wanted = {
+        requirement.name: requirement for requirement in map(Requirement, PROJECT["optional-dependencies"]["test"])
+    }
+    condition = wanted["xformers"].marker
+    assert condition is not None
+    assert [not condition.evaluate()] == list(needs_xformers.args)
 
 
 def test_import_is_light() -> None:
