@@ -1,8 +1,8 @@
 """The ops as PyTorch knows them, and which code runs them: the reference, or on a GPU a kernel that is enabled.
 
 They are custom ops of the namespace `diffusers_concept_maps`, so that `torch.compile` keeps them whole. Arguments are
-those of the functions of the same name in `reference` or `reference_matching`, and in `concept_map_kernels`; `ops`
-checks them, but for `temporal_matching` and `segment_attention`, which no method uses yet.
+those of the functions of the same name in `reference` or `reference_matching`, and in `concept_map_kernels`; `ops` and
+`ops_matching` check them.
 """
 
 from __future__ import annotations

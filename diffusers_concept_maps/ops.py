@@ -54,12 +54,12 @@ def concept_attention(
     Raises:
         ConceptMapsValueError: shapes do not fit.
     """
-    _expect("key", key, query.shape)
-    _expect("value", value, query.shape)
-    _expect("image_value", image_value, image_key.shape)
-    _expect("image_key", image_key, (*query.shape[:2], image_key.shape[2], query.shape[3]))
+    expect_shape("key", key, query.shape)
+    expect_shape("value", value, query.shape)
+    expect_shape("image_value", image_value, image_key.shape)
+    expect_shape("image_key", image_key, (*query.shape[:2], image_key.shape[2], query.shape[3]))
     if multiplicity is not None:
-        _expect("multiplicity", multiplicity, query.shape[2:3])
+        expect_shape("multiplicity", multiplicity, query.shape[2:3])
     tensors: tuple[torch.Tensor, ...] = (query, key, value, image_key, image_value)
     if torch.is_autocast_enabled(query.device.type):  # as the attention of the model does
         dtype = torch.get_autocast_dtype(query.device.type)
@@ -119,7 +119,7 @@ def accumulate_similarity_(
         ConceptMapsValueError: shapes do not fit, or `total` is not float32.
     """
     _expect_pair(concept_output, image_output, head_weights)
-    _expect("total", total, (image_output.shape[0], concept_output.shape[2], image_output.shape[2]))
+    expect_shape("total", total, (image_output.shape[0], concept_output.shape[2], image_output.shape[2]))
     if total.dtype != torch.float32:
         raise ConceptMapsValueError(f"total is {total.dtype}; expected torch.float32, which sums do not overflow")
     dispatch.accumulate_similarity_(total, concept_output, image_output, head_weights, scale)
@@ -181,7 +181,7 @@ def attention_probabilities(
     """
     _expect_pair(text_key, image_query, head_weights)
     if image_key is not None:
-        _expect("image_key", image_key, image_query.shape)
+        expect_shape("image_key", image_key, image_query.shape)
     if tokens.ndim != 1 or tokens.dtype != torch.int64:
         raise ConceptMapsValueError(f"tokens are {tokens.dtype} {tuple(tokens.shape)}; expected torch.int64 [C]")
     scores: torch.Tensor = dispatch.attention_probabilities(image_query, text_key, tokens, head_weights, image_key)
@@ -205,7 +205,9 @@ def query_key_argmax(
     Raises:
         ConceptMapsValueError: shapes do not fit.
     """
-    _expect("the concept tensor", concept_key, (*image_query.shape[:2], concept_key.shape[2], image_query.shape[3]))
+    expect_shape(
+        "the concept tensor", concept_key, (*image_query.shape[:2], concept_key.shape[2], image_query.shape[3])
+    )
     _expect_frames(image_query, frames)
     index, value, gap = dispatch.query_key_argmax(image_query, concept_key, frames)
     return index, value, gap
@@ -235,8 +237,8 @@ def gram_columns(
     Raises:
         ConceptMapsValueError: shapes do not fit, or unknown `standardize`.
     """
-    _expect("index", index, (*image_output.shape[:2], *index.shape[2:4]))
-    _expect("head_weights", head_weights, image_output.shape[:2])
+    expect_shape("index", index, (*image_output.shape[:2], *index.shape[2:4]))
+    expect_shape("head_weights", head_weights, image_output.shape[:2])
     _expect_frames(image_output, index.shape[3])
     _expect_axis(standardize, multiplicity, index.shape[2])
     scores: torch.Tensor = dispatch.gram_columns(image_output, index, head_weights, standardize, multiplicity)
@@ -336,7 +338,7 @@ def _expect_axis(standardize: str, multiplicity: torch.Tensor | None, texts: int
     if standardize not in ("none", "clip", "text"):
         raise ConceptMapsValueError(f"standardize is {standardize!r}; expected 'none', 'clip' or 'text'")
     if multiplicity is not None:
-        _expect("multiplicity", multiplicity, (texts,))
+        expect_shape("multiplicity", multiplicity, (texts,))
     elif standardize == "text" and texts < 2:
         raise ConceptMapsValueError(
             f"standardize is 'text' over {texts} concepts; a deviation needs at least 2: add a concept, give its "
@@ -344,15 +346,20 @@ def _expect_axis(standardize: str, multiplicity: torch.Tensor | None, texts: int
         )
 
 
-def _expect(name: str, tensor: torch.Tensor, shape: tuple[int, ...] | torch.Size) -> None:
+def expect_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...] | torch.Size) -> None:
+    """Refuse a tensor of another shape.
+
+    Raises:
+        ConceptMapsValueError: naming the tensor.
+    """
     if tensor.shape != shape:
         raise ConceptMapsValueError(f"{name} has shape {tuple(tensor.shape)}; expected {tuple(shape)}")
 
 
 def _expect_pair(concept: torch.Tensor, image: torch.Tensor, head_weights: torch.Tensor) -> None:
     expected = (*image.shape[:2], concept.shape[2], image.shape[3])
-    _expect("the concept tensor", concept, expected)
-    _expect("head_weights", head_weights, image.shape[:2])
+    expect_shape("the concept tensor", concept, expected)
+    expect_shape("head_weights", head_weights, image.shape[:2])
 
 
 def _expect_frames(image: torch.Tensor, frames: int) -> None:

@@ -9,16 +9,20 @@ import op_arguments
 import pytest
 import torch
 
-from diffusers_concept_maps import dispatch, ops
+from diffusers_concept_maps import dispatch, ops, ops_matching
 
 BACKENDS = ("reference", "kernels")
 every_op = pytest.mark.parametrize("name", op_arguments.OPS)
 
 
 def public(name: str, tensors: tuple[Any, ...]) -> Any:
-    """The call of the function of `ops` behind which an op is, or of the op itself if there is none."""
-    if name in ("segment_attention", "temporal_matching"):
-        return getattr(dispatch, name)(*tensors)
+    """The call of the function behind which an op is."""
+    if name == "segment_attention":
+        *first, mask, weights, frames, scale = tensors
+        return ops_matching.segment_attention(*first, weights, frames, text_mask=mask, scale=scale)
+    if name == "temporal_matching":
+        *first, scale, direction, radius = tensors
+        return ops_matching.temporal_matching(*first, scale=scale, direction=direction, radius=radius)
     if name == "accumulate_similarity_":
         return ops.accumulate_similarity_(*tensors[:4], scale=tensors[4])
     if name == "frame_spread":
