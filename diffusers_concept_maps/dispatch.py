@@ -100,18 +100,22 @@ def _runs(kernels: ModuleType, device: torch.device) -> bool:
 
 @functools.cache
 def _load_kernels() -> ModuleType | None:
-    """The kernel package; None, after a warning, where triton is missing, old or broken."""
+    """The kernel package; None, after a warning, where it cannot be imported or triton is missing, old or broken."""
+    oldest = ".".join(map(str, _OLDEST_TRITON))
+    package, remedy = "triton", f"install triton {oldest} or newer: pip install 'diffusers-concept-maps[kernels]'"
     try:
-        triton = importlib.import_module("triton")
+        triton = importlib.import_module(package)
         version = re.match(r"(\d+)\.(\d+)", triton.__version__)
         if version is not None and tuple(map(int, version.groups())) >= _OLDEST_TRITON:
-            return importlib.import_module("concept_map_kernels")
+            package = "concept_map_kernels"
+            remedy = f"reinstall diffusers-concept-maps, or try another release of triton than {triton.__version__}"
+            return importlib.import_module(package)
         reason = f"triton {triton.__version__} is too old"
     except _FAILURES as error:
-        reason = f"triton or concept_map_kernels cannot be imported ({type(error).__name__}: {error})"
+        reason = f"{package} cannot be imported ({type(error).__name__}: {error})"
     logger.warning(
         f"Concept maps run on PyTorch alone, slower than with their Triton kernels: {reason}. To use the kernels, "
-        f"install triton {'.'.join(map(str, _OLDEST_TRITON))} or newer: pip install 'diffusers-concept-maps[kernels]'"
+        f"{remedy}"
     )
     return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,11 @@ assert all(map_.isfinite().all() and map_.std() > 0 for map_ in expected)
 """
 
 
-def check(capture: str, reason: str, *path: Path) -> None:
+INSTALL = "install triton 3.6 or newer: pip install 'diffusers-concept-maps[kernels]'"
+REINSTALL = f"reinstall diffusers-concept-maps, or try another release of triton than {version('triton')}"
+
+
+def check(capture: str, reason: str, remedy: str, *path: Path) -> None:
     """Run a capture in a fresh interpreter that finds modules in `path` first."""
     found = os.pathsep.join([*map(str, path), str(TESTS), os.environ.get("PYTHONPATH", "")])
     result = subprocess.run(
@@ -59,7 +64,7 @@ def check(capture: str, reason: str, *path: Path) -> None:
     assert "triton" not in before
     assert after.splitlines() == [
         f"Concept maps run on PyTorch alone, slower than with their Triton kernels: {reason}. To use the kernels, "
-        "install triton 3.6 or newer: pip install 'diffusers-concept-maps[kernels]'"
+        f"{remedy}"
     ]
 
 
@@ -81,21 +86,34 @@ def check(capture: str, reason: str, *path: Path) -> None:
 def test_triton_cannot_be_imported(error: str, reason: str, tmp_path: Path) -> None:
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton" / "__init__.py").write_text(f"raise {error}")
-    check(CAPTURE, f"triton or concept_map_kernels cannot be imported ({reason})", tmp_path)
+    check(CAPTURE, f"triton cannot be imported ({reason})", INSTALL, tmp_path)
+
+
+def test_the_kernels_cannot_be_imported(tmp_path: Path) -> None:
+    (tmp_path / "concept_map_kernels").mkdir()
+    (tmp_path / "concept_map_kernels" / "__init__.py").write_text("raise ImportError('half of a download')")
+    reason = "concept_map_kernels cannot be imported (ImportError: half of a download)"
+    check(CAPTURE, reason, REINSTALL, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("change", "reason", "remedy"),
     [
-        pytest.param("triton.__version__ = '3.5.1'", "triton 3.5.1 is too old", id="old"),
+        pytest.param("triton.__version__ = '3.5.1'", "triton 3.5.1 is too old", INSTALL, id="old"),
+        pytest.param(
+            "del triton.__version__",
+            "triton cannot be imported (AttributeError: module 'triton' has no attribute '__version__')",
+            INSTALL,
+            id="broken",
+        ),
         pytest.param(
             "del triton.knobs",
-            "triton or concept_map_kernels cannot be imported "
-            "(AttributeError: module 'triton' has no attribute 'knobs')",
+            "concept_map_kernels cannot be imported (AttributeError: module 'triton' has no attribute 'knobs')",
+            REINSTALL,
             id="other",
         ),
     ],
 )
-def test_triton_is_not_what_the_kernels_expect(change: str, reason: str) -> None:
+def test_triton_is_not_what_the_kernels_expect(change: str, reason: str, remedy: str) -> None:
     # PyTorch and diffusers need a triton in which everything is where they look for it: it is changed after them.
-    check(CAPTURE.replace("\nexpected =", f"\nimport triton\n{change}\nexpected ="), reason)
+    check(CAPTURE.replace("\nexpected =", f"\nimport triton\n{change}\nexpected ="), reason, remedy)
