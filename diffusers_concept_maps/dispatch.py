@@ -121,7 +121,10 @@ def _load_kernels() -> ModuleType | None:
 
 
 def _register(
-    function: Callable[..., Any], fake: Callable[..., Any], mutates: tuple[str, ...] = ()
+    function: Callable[..., Any],
+    fake: Callable[..., Any],
+    mutates: tuple[str, ...] = (),
+    parts: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Make a custom op of a reference function.
 
@@ -129,14 +132,18 @@ def _register(
         function: of the reference; the op has its name and arguments, all of them positional.
         fake: empty tensors like its results.
         mutates: names of the arguments that it writes to.
+        parts: the same by ops of which each may have a kernel, where the op itself has none; None is the reference.
     """
     name, home = function.__name__, sys.modules[function.__module__]
 
     @functools.wraps(function)
     def run(*arguments: Any) -> Any:
         kernels = _kernels_for(arguments[0].device)
-        enabled = kernels is not None and kernels.supports(name, *arguments)
-        return getattr(kernels if enabled else home, name)(*arguments)
+        if kernels is not None and kernels.supports(name, *arguments):
+            return getattr(kernels, name)(*arguments)
+        if kernels is not None and parts is not None:
+            return parts(*arguments)
+        return getattr(home, name)(*arguments)
 
     op = torch.library.custom_op(f"{NAMESPACE}::{name}", run, mutates_args=mutates)
     op.register_fake(fake)
@@ -205,6 +212,10 @@ frame_spread = _register(reference.frame_spread, lambda output, mean, frames: _f
 similarity_and_statistics = _register(
     reference.similarity_and_statistics,
     lambda concept, image, weights, frames: (_map(concept.shape[2], image), *_fake_statistics(image, frames)),
+    parts=lambda concept, image, weights, frames: (
+        similarity(concept, image, weights, 1.0, "none", None),
+        *frame_statistics(image, frames),
+    ),
 )
 temporal_matching = _register(reference_matching.temporal_matching, _fake_matching)
 segment_attention = _register(reference_matching.segment_attention, _fake_segments)

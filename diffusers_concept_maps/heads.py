@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from diffusers_concept_maps import ops
 from diffusers_concept_maps.errors import ConceptMapsValueError
+
+if TYPE_CHECKING:
+    from diffusers_concept_maps.methods import LayerTaps
+    from diffusers_concept_maps.reference import FrameStatistics
 
 
 @dataclass(frozen=True)
@@ -51,19 +56,22 @@ class HeadSelection:
         if not isinstance(self.top_k, int) or self.top_k < 1:
             raise ConceptMapsValueError(f"top_k is {self.top_k}; expected at least 1 head")
 
-    def choose(self, image_output: torch.Tensor, frames: int) -> torch.Tensor:
+    def choose(
+        self, image_output: torch.Tensor, frames: int, statistics: FrameStatistics | None = None
+    ) -> torch.Tensor:
         """The chosen heads as ones in a float32 tensor `[R, H]`.
 
         Args:
             image_output: attention outputs before the output projection `[R, H, N, D]`.
             frames: number of frames in the N tokens.
+            statistics: `ops.frame_statistics` of the same outputs; None computes them.
 
         Raises:
             ConceptMapsValueError: `frames` does not divide N.
         """
         if frames == 1:
             return torch.ones(image_output.shape[:2], device=image_output.device)
-        statistics = ops.frame_statistics(image_output, frames)
+        statistics = statistics or ops.frame_statistics(image_output, frames)
         score = ops.frame_separability(image_output, frames, self.score, statistics)
         sign = -1.0 if self.score == "davies_bouldin" else 1.0
         rank = torch.where(statistics.separable, sign * score, -torch.inf)
@@ -75,24 +83,23 @@ class HeadSelection:
         return torch.where(statistics.separable.any(1, keepdim=True), chosen, 1.0)
 
 
-def head_mask(heads: HeadSelection | tuple[int, ...] | None, image_output: torch.Tensor, frames: int) -> torch.Tensor:
+def head_mask(heads: HeadSelection | tuple[int, ...] | None, taps: LayerTaps) -> torch.Tensor:
     """Ones for the heads to use, zeros for the others.
 
     Args:
         heads: a selection, indices, or None for all.
-        image_output: attention outputs before the output projection `[R, H, N, D]`.
-        frames: number of frames in the N tokens.
+        taps: the layer.
 
     Returns:
         float32 `[R, H]`.
     """
     if isinstance(heads, HeadSelection):
-        return heads.choose(image_output, frames)
-    rows, count = image_output.shape[:2]
+        return heads.choose(taps.image_output, taps.frames, taps.statistics)
+    rows, count = taps.image_output.shape[:2]
     if heads is None:
-        return torch.ones(rows, count, device=image_output.device)
+        return torch.ones(rows, count, device=taps.image_output.device)
     # Filled column by column: indexing with a list would copy it from the host and make the device wait.
-    mask = torch.zeros(rows, count, device=image_output.device)
+    mask = torch.zeros(rows, count, device=taps.image_output.device)
     for head in heads:
         mask[:, head].fill_(1.0)
     return mask

@@ -115,6 +115,14 @@ class CapturePlan:
         """The deepest layer that any method reads."""
         return max(max(plan.layers) for plan in self.methods.values())
 
+    def reading(self, layer: int) -> dict[str, MethodPlan]:
+        """The methods that read a layer, by name; last those that choose heads, for others may read their statistics.
+
+        See `LayerTaps.output_similarity`.
+        """
+        reading = {name: plan for name, plan in self.methods.items() if layer in plan.layers}
+        return dict(sorted(reading.items(), key=lambda item: isinstance(item[1].heads, HeadSelection)))
+
     def has_softmax(self, method: str) -> bool:
         """Whether a softmax over the concepts is part of a method; over a single one it would be 1 everywhere."""
         return self.methods[method].softmax and (self.parity is not None or len(self.names) != 1)

@@ -12,7 +12,7 @@ from torch import nn
 
 from diffusers_concept_maps.backbones import Backbone, CrossBackbone, Grid, JoiningBackbone, JointBackbone, Site
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
-from diffusers_concept_maps.heads import head_mask
+from diffusers_concept_maps.heads import HeadSelection, head_mask
 from diffusers_concept_maps.methods import LayerTaps
 from diffusers_concept_maps.one_pass import JoinedConcepts, check_call
 from diffusers_concept_maps.plan import CapturePlan
@@ -367,12 +367,12 @@ class Recorder:
 
     def _score(self, current: _Pass, layer: int, taps: LayerTaps) -> None:
         masks: dict[object, torch.Tensor] = {}
+        methods = self._plan.reading(layer)
+        taps.selects_heads = any(isinstance(plan.heads, HeadSelection) for plan in methods.values())
         with torch.autocast(taps.image_query.device.type, enabled=False):
-            for name, plan in self._plan.methods.items():
-                if layer not in plan.layers:
-                    continue
+            for name, plan in methods.items():
                 if plan.heads not in masks:
-                    masks[plan.heads] = head_mask(plan.heads, taps.image_output, taps.frames)
+                    masks[plan.heads] = head_mask(plan.heads, taps)
                 scores = self._finish(current, name, taps, masks[plan.heads])
                 for branch, rows in current.branches.items():
                     self.results.add(branch, name, current.step, layer, scores[rows])

@@ -7,6 +7,8 @@ import torch
 from sklearn.metrics import calinski_harabasz_score
 
 from diffusers_concept_maps import HeadSelection, ops
+from diffusers_concept_maps.heads import head_mask
+from diffusers_concept_maps.methods import LayerTaps
 
 ROWS, HEADS, FRAMES, PLACES, WIDTH = 2, 7, 3, 15, 8
 TOKENS = FRAMES * PLACES
@@ -88,3 +90,40 @@ def test_the_best_head_where_none_is_above_the_threshold() -> None:
 def test_one_frame_has_nothing_to_separate() -> None:
     for selection in (HeadSelection(top_k=2), HeadSelection(threshold=1e9)):
         assert torch.equal(selection.choose(outputs(), 1), torch.ones(ROWS, HEADS))
+
+
+def taps(frames: int, selects_heads: bool) -> LayerTaps:
+    text = torch.randn(ROWS, HEADS, 4, WIDTH, generator=torch.Generator().manual_seed(6))
+    return LayerTaps(*[outputs()] * 4, *[text] * 4, frames=frames, selects_heads=selects_heads)
+
+
+@pytest.mark.parametrize("selects_heads", [False, True])
+@pytest.mark.parametrize("statistics_first", [False, True])
+@pytest.mark.parametrize("frames", [1, FRAMES])
+def test_statistics_and_similarity_of_a_layer_are_the_same_in_any_order(
+    frames: int, statistics_first: bool, selects_heads: bool
+) -> None:
+    layer = taps(frames, selects_heads)
+    weights = torch.rand(ROWS, HEADS, generator=torch.Generator().manual_seed(7))
+    if statistics_first:
+        assert (layer.statistics is None) == (frames == 1)
+    similarity = layer.output_similarity(weights)
+    expected = torch.einsum(
+        "rhcd,rhnd,rh->rcn", *(side.double() for side in (layer.text_output, layer.image_output, weights))
+    )
+    torch.testing.assert_close(similarity.double(), expected, rtol=1e-5, atol=1e-5)
+    if layer.statistics is None:
+        assert frames == 1
+    else:
+        plain = ops.frame_statistics(layer.image_output, frames)
+        assert torch.equal(layer.statistics.mean, plain.mean)
+        assert torch.equal(layer.statistics.within, plain.within)
+        assert layer.statistics is layer.statistics
+
+
+@pytest.mark.parametrize("frames", [1, FRAMES])
+def test_the_heads_of_a_layer(frames: int) -> None:
+    layer, selection = taps(frames, True), HeadSelection("fisher", 2)
+    assert torch.equal(head_mask(selection, layer), selection.choose(layer.image_output, frames))
+    assert torch.equal(head_mask(None, layer), torch.ones(ROWS, HEADS))
+    assert torch.equal(head_mask((1, 3), layer), torch.tensor([[0.0, 1, 0, 1, 0, 0, 0]] * ROWS))

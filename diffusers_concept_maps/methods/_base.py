@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar
 
@@ -11,16 +11,17 @@ import torch
 
 from diffusers_concept_maps import ops
 from diffusers_concept_maps.heads import HeadSelection
+from diffusers_concept_maps.reference import FrameStatistics
 
 METHODS: dict[str, Method] = {}
 
 SPACES = ("output", "value", "query_key")
 """What `concept_attention` compares: attention outputs, values, or concept queries with video keys."""
 
-_WHOLE = ("frames", "multiplicity")  # what a layer has once, not once for every head
+_PER_HEAD = ("image_", "text_")  # how the fields begin that every head has for itself
 
 
-@dataclass(frozen=True)
+@dataclass
 class LayerTaps:
     """What one attention layer shows of the recorded rows of the batch, after norms and rotary embedding.
 
@@ -39,15 +40,38 @@ class LayerTaps:
     text_output: torch.Tensor | None  # [R, H, T, D]
     frames: int
     multiplicity: torch.Tensor | None = None  # [T], how many equal rows each row of the text axis stands for
+    selects_heads: bool = False  # a method of the layer is going to ask for the statistics
+    _statistics: FrameStatistics | None = field(default=None, init=False)
 
     @cached_property
     def anchors(self) -> torch.Tensor:
         """Place in its frame of the image token whose query best matches each text key, int64 `[R, H, T, F]`."""
         return ops.query_key_argmax(self.image_query, self.text_key, self.frames)[0]
 
+    @property
+    def statistics(self) -> FrameStatistics | None:
+        """Statistics of the frames in the attention outputs of every head; None for one frame, which has none."""
+        if self._statistics is None and self.frames > 1:
+            self._statistics = ops.frame_statistics(self.image_output, self.frames)
+        return self._statistics
+
+    def output_similarity(self, heads: torch.Tensor) -> torch.Tensor:
+        """Output similarity `[R, T, N]`, and if they are going to be asked for, the statistics in the same read.
+
+        Args:
+            heads: float `[R, H]`, the factor of every head in the sum.
+        """
+        assert self.text_output is not None  # the plan has refused cross-attention
+        if not self.selects_heads or self.frames == 1 or self._statistics is not None:
+            return ops.output_similarity(self.text_output, self.image_output, heads)
+        scores, self._statistics = ops.similarity_and_statistics(
+            self.text_output, self.image_output, heads, self.frames
+        )
+        return scores
+
     def head(self, index: int) -> LayerTaps:
         """The same layer as if it had this head only."""
-        tensors = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in _WHOLE}
+        tensors = {name: getattr(self, name) for name in self.__dataclass_fields__ if name.startswith(_PER_HEAD)}
         heads = {name: None if tensor is None else tensor[:, index : index + 1] for name, tensor in tensors.items()}
         return LayerTaps(**heads, frames=self.frames, multiplicity=self.multiplicity)  # type: ignore[arg-type]
 

@@ -22,6 +22,8 @@ class ConceptAttention(Method):
 
     def score(self, taps: LayerTaps, heads: torch.Tensor, rules: Rules) -> torch.Tensor:
         """See `Method.score`; heads are summed, as a dot product of concatenated heads does."""
+        if rules.space == "output" and rules.standardize == "none":
+            return taps.output_similarity(heads)
         text, image = {
             "output": (taps.text_output, taps.image_output),
             "value": (taps.text_value, taps.image_value),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import product
@@ -82,6 +83,16 @@ def test_the_reference_runs_what_no_kernel_is_enabled_for(name: str, device: tor
     assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
 
 
+def test_what_no_kernel_reads_at_once_two_kernels_read(device: torch.device, poisoned: None) -> None:
+    concept, image = torch.randn(2, 1, 2, 66, 32, generator=torch.Generator().manual_seed(0)).to(device, torch.float16)
+    given = concept, image, torch.tensor([[0.5, 2.0]], device=device), 3
+    assert not concept_map_kernels.supports("similarity_and_statistics", *given)
+    with dispatch.use_backend("kernels"), forbidden(REFERENCES):
+        results = dispatch.similarity_and_statistics(*given)
+    for actual, expected in zip(results, reference.similarity_and_statistics(*given), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
 @every_op
 def test_the_reference_runs_where_it_is_asked_for(name: str, device: torch.device) -> None:
     with dispatch.use_backend("reference"), forbidden(KERNELS):
@@ -152,6 +163,50 @@ def test_a_capture_through_the_kernels(options: dict[str, Any], device: torch.de
         actual, expected = (read(maps[backend], method) for backend in ("kernels", "reference"))
         assert expected.std() > 1e-3 * expected.abs().max()
         torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("backend", ["kernels", "reference"])
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        pytest.param({}, {"similarity_and_statistics": 2}, id="once"),
+        pytest.param({"methods": ("imap", "concept_attention")}, {"similarity_and_statistics": 2}, id="other order"),
+        pytest.param(
+            {"heads": dcm.HeadSelection("fisher", 2)}, {"frame_statistics": 2, "similarity": 2}, id="of chosen heads"
+        ),
+        pytest.param({"heads": (0, 2)}, {"similarity": 2}, id="of named heads"),
+        pytest.param({"space": "value"}, {"frame_statistics": 2, "similarity": 2}, id="values"),
+        pytest.param({"normalize": "zscore"}, {"frame_statistics": 2, "similarity": 2}, id="standardized"),
+        pytest.param({"methods": ("imap",)}, {"frame_statistics": 2}, id="imap alone"),
+        pytest.param({"methods": ("concept_attention",)}, {"similarity": 2}, id="concept_attention alone"),
+    ],
+)
+def test_one_read_serves_the_map_and_the_choice_of_heads(
+    options: dict[str, Any],
+    expected: dict[str, int],
+    backend: str,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of the outputs of each of two layers: two reads where the map depends on the choice, or is not of outputs."""
+    calls: Counter[str] = Counter()
+
+    def counted(name: str, op: Any) -> Any:
+        def run(*arguments: Any) -> Any:
+            calls[name] += 1
+            return op(*arguments)
+
+        return run
+
+    for name in ("frame_statistics", "similarity", "similarity_and_statistics"):
+        monkeypatch.setattr(dispatch, name, counted(name, getattr(dispatch, name)))
+    pipe = tiny.make_pipeline(layers=2, heads=3, attention_head_dim=32)
+    pipe.to(device)
+    settings = {"methods": ("concept_attention", "imap"), "concepts": ["dog", "running"]} | options
+    with dispatch.use_backend(backend), dcm.trace(pipe, **settings) as maps:
+        tiny.call(pipe, num_inference_steps=1)
+    assert calls == expected
+    assert list(maps.methods) == list(settings["methods"])
 
 
 def test_a_kernel_that_cannot_be_launched(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -17,6 +17,7 @@ from diffusers_concept_maps.capture import trace
 from diffusers_concept_maps.concepts import encode_concepts
 from diffusers_concept_maps.errors import ConceptMapsValueError
 from diffusers_concept_maps.heads import HeadSelection
+from diffusers_concept_maps.reference import FrameStatistics
 from diffusers_concept_maps.shapes.captions import TEXT_LENGTH, describe, full_captions
 from diffusers_concept_maps.shapes.model import GUIDANCE_SCALE, HEADS, PATCH, STEPS
 from diffusers_concept_maps.shapes.scenes import FRAMES, Scenes
@@ -243,8 +244,10 @@ def object_weights(masks: torch.Tensor) -> torch.Tensor:
 class _WatchedHeads(HeadSelection):
     """Motion heads that are remembered in `chosen`: ones and zeros `[row, head]`, in order of steps and layers."""
 
-    def choose(self, image_output: torch.Tensor, frames: int) -> torch.Tensor:
-        mask = super().choose(image_output, frames)
+    def choose(
+        self, image_output: torch.Tensor, frames: int, statistics: FrameStatistics | None = None
+    ) -> torch.Tensor:
+        mask = super().choose(image_output, frames, statistics)
         self.__dict__.setdefault("chosen", []).append(mask)
         return mask
 
