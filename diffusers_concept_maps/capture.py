@@ -123,9 +123,10 @@ def attach(pipe_or_transformer: Any, concepts: Sequence[str] | None = None, **op
     transformers = find_transformers(pipe_or_transformer)
     backbone = find_backbone(transformers[0])
     pipe = None if transformers[0] is pipe_or_transformer else pipe_or_transformer
-    sites = {transformer: backbone.sites(transformer) for transformer in transformers}
+    sites = {transformer: find_backbone(transformer).sites(transformer) for transformer in transformers}
     for transformer, own in sites.items():
         _check_free(transformer, own)
+    _check_alike(backbone, sites)
     plan = make_plan(pipe, transformers[0], backbone, concepts, request)
     if plan.attention == "one_pass":
         for transformer in transformers:
@@ -231,6 +232,17 @@ def trace(
         handle.remove(failed=True)
         raise
     handle.remove()
+
+
+def _check_alike(backbone: Backbone, sites: Mapping[Any, list[Site]]) -> None:
+    """Raise unless the transformers of a pipeline have the same layers and heads, of which the maps are made."""
+    first, *others = sites
+    for other in others:
+        if (len(sites[other]), backbone.heads(other)) != (len(sites[first]), backbone.heads(first)):
+            raise ConceptMapsError(
+                f"transformer_2 has {len(sites[other])} layers of {backbone.heads(other)} heads, transformer has "
+                f"{len(sites[first])} of {backbone.heads(first)}; expected two that are alike. Trace one of them"
+            )
 
 
 def _check_free(transformer: Any, sites: list[Site]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from diffusers_concept_maps.errors import ConceptMapsValueError
 from diffusers_concept_maps.methods import Rules
@@ -23,6 +23,8 @@ class Parity:
             part in the concept attention, in z-scores and in the softmax over the text axis, and are dropped after it.
             `dataclasses.replace(IMAP, padded=False)` is the same without them, as official code is when it is given
             concepts that are not padded; the z-score of a single concept is then not a number.
+        crossing: `rules` for models with cross-attention, of which there is official code for words of the prompt
+            alone; empty where there is none.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Parity:
     default_normalize: str
     softmax_again: bool
     padded: bool = True
+    crossing: Mapping[str, Rules] = field(default_factory=dict)
 
 
 IMAP = Parity(
@@ -42,14 +45,20 @@ IMAP = Parity(
     },
     default_normalize="none",
     softmax_again=True,
+    crossing={
+        "cross_attention": Rules(probabilities=True),
+        "gramcol": Rules(standardize="text", sum_heads=True),
+        "imap": Rules(standardize="text"),
+    },
 )
-"""IMAP (arXiv 2603.02919), its published code for CogVideoX.
+"""IMAP (arXiv 2603.02919), its published code for CogVideoX and, for words of the prompt, for Wan.
 
 Turns on: the first sub-word of a concept, padded to 16; the text axis padded to the prompt's length; unscaled
 query-key logits; Gram columns z-scored over the padded text axis, per head, with unbiased deviation; `gramcol`
 summed over all heads, `imap` averaged over the chosen ones; `normalize="none"` by default, which is what its scripts
 run, and two softmaxes with `normalize="softmax"`. `target="prompt"` z-scores over all rows of the prompt, padding
-included, and a word is its first sub-word.
+included, and a word is its first sub-word. With cross-attention (Wan), `cross_attention` is a softmax over the text
+in every head, of logits that are divided by `sqrt(D)` twice.
 """
 
 CONCEPT_ATTENTION = Parity(

@@ -12,11 +12,11 @@ import torch
 
 from diffusers_concept_maps.backbones import Backbone, JointBackbone, Preset
 from diffusers_concept_maps.concepts import check_concepts, check_embeds, check_token_policy, encode_concepts
+from diffusers_concept_maps.crossing import check_crossing
 from diffusers_concept_maps.detail import check_axes
 from diffusers_concept_maps.errors import ConceptMapsValueError
 from diffusers_concept_maps.heads import HeadSelection
 from diffusers_concept_maps.methods import SPACES, Method, Rules, find_method
-from diffusers_concept_maps.methods import method_names as all_methods
 from diffusers_concept_maps.parity import CONCEPT_LENGTH, TOKEN_POLICY, Parity, find_parity
 from diffusers_concept_maps.prompt import PromptTokens
 from diffusers_concept_maps.stream import READS
@@ -111,9 +111,14 @@ class CapturePlan:
         return self.prompt.names if self.prompt is not None else self.concepts or ()
 
     @property
+    def layers(self) -> frozenset[int]:
+        """The layers that any method reads."""
+        return frozenset().union(*(plan.layers for plan in self.methods.values()))
+
+    @property
     def deepest(self) -> int:
         """The deepest layer that any method reads."""
-        return max(max(plan.layers) for plan in self.methods.values())
+        return max(self.layers)
 
     def reading(self, layer: int) -> dict[str, MethodPlan]:
         """The methods that read a layer, by name; last those that choose heads, for others may read their statistics.
@@ -160,11 +165,15 @@ class CapturePlan:
 
 
 class _Model(NamedTuple):
-    """What the plan needs to know of the model: number of layers, of heads in each, and the checkpoint's preset."""
+    """What the plan needs to know of the model.
+
+    Number of layers, of heads in each, the checkpoint's preset, and whether text and image attend jointly.
+    """
 
     depth: int
     head_count: int
     preset: Preset
+    joint: bool
 
 
 def make_plan(
@@ -175,12 +184,13 @@ def make_plan(
     request = replace(request, layers=_once(request.layers), steps=_once(request.steps), heads=_once(request.heads))
     method_names = _check_methods(request.methods)
     _check_choices(request, method_names)
-    if not isinstance(backbone, JointBackbone):
-        _check_crossing(transformer, request, method_names)
+    joint = isinstance(backbone, JointBackbone)
+    if not joint:
+        check_crossing(transformer, method_names, request.reads, request.target, parity)
     names, prompt = _targets(pipe, transformer, backbone, concepts, request, parity)
     preset = backbone.preset(transformer)
     defaults = preset or Preset(name="", source="everything", config={})
-    model = _Model(len(backbone.sites(transformer)), backbone.heads(transformer), defaults)
+    model = _Model(len(backbone.sites(transformer)), backbone.heads(transformer), defaults, joint)
     count = None if names is None else len(names)
     methods = {name: _method_plan(name, request, count, parity, model) for name in method_names}
     steps = defaults.steps if request.steps is None else _indices("step", request.steps, None)
@@ -236,23 +246,6 @@ def _check_choices(request: Request, method_names: Sequence[str]) -> None:
         )
     if request.detail_path is not None and not request.detail:
         raise ConceptMapsValueError("detail_path is given without detail; name the axes to keep, such as ('layer',)")
-
-
-def _check_crossing(transformer: Any, request: Request, method_names: Sequence[str]) -> None:
-    """Raise unless everything asked for exists where text is read and does not read."""
-    name = type(transformer).__name__
-    impossible = [method for method in method_names if find_method(method).reading]
-    if impossible:
-        possible = ", ".join(method for method in all_methods() if not find_method(method).reading)
-        raise ConceptMapsValueError(
-            f"method {impossible[0]!r} compares what concepts have read, and text reads nothing in {name}: its blocks "
-            f"have cross-attention; use {possible}"
-        )
-    if request.reads != "both":
-        raise ConceptMapsValueError(
-            f"reads is {request.reads!r}, but concepts read nothing in {name}, whose blocks have cross-attention; "
-            f"leave it out"
-        )
 
 
 def _targets(
@@ -345,7 +338,7 @@ def _method_plan(
         layers = frozenset(model.preset.layers.get(name, range(model.depth)))
     else:
         layers = _indices("layer", request.layers, model.depth)
-    rules, normalize = _rules(method, request, concepts, parity)
+    rules, normalize = _rules(method, request, concepts, parity, joint=model.joint)
     return MethodPlan(method, layers, _heads(method, request, model), rules, normalize == "softmax")
 
 
@@ -364,19 +357,22 @@ def _heads(method: Method, request: Request, model: _Model) -> HeadSelection | t
     return chosen
 
 
-def _rules(method: Method, request: Request, concepts: int | None, parity: Parity | None) -> tuple[Rules, str]:
-    """Rules and normalization of a method."""
+def _rules(
+    method: Method, request: Request, concepts: int | None, parity: Parity | None, *, joint: bool
+) -> tuple[Rules, str]:
+    """Rules and normalization of a method, in joint or in cross-attention."""
     normalize = request.normalize
     if normalize is not None and normalize not in NORMALIZATIONS:
         raise ConceptMapsValueError(
             f"unknown normalize {normalize!r}; expected None or one of {', '.join(NORMALIZATIONS)}"
         )
     if parity is not None:
-        if method.name not in parity.rules:
+        official = parity.rules if joint else parity.crossing
+        if method.name not in official:
             raise ConceptMapsValueError(
-                f"parity={parity.name!r} has no method {method.name!r}; its methods are {', '.join(parity.rules)}"
+                f"parity={parity.name!r} has no method {method.name!r}; its methods are {', '.join(official)}"
             )
-        if request.target == "prompt" and method.name not in ("gramcol", "imap"):
+        if joint and request.target == "prompt" and method.name not in ("gramcol", "imap"):
             raise ConceptMapsValueError(
                 f"parity={parity.name!r} has no {method.name!r} for words of the prompt; use 'gramcol' or 'imap'"
             )
@@ -386,7 +382,7 @@ def _rules(method: Method, request: Request, concepts: int | None, parity: Parit
                 f"parity={parity.name!r} reproduces one implementation; leave space, reads and token_policy alone, "
                 f"and use normalize='none' or 'softmax'"
             )
-        return parity.rules[method.name], normalize or parity.default_normalize
+        return official[method.name], normalize or parity.default_normalize
     if normalize == "softmax":
         _check_softmax(concepts)
     if normalize is None:

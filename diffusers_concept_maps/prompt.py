@@ -22,10 +22,25 @@ class TextRows:
     Attributes:
         indices: the rows `[T]`; None is all of them.
         weights: float32 `[R, word, T]`, the mean over the tokens of each word.
+        length: number of text tokens of the transformer's input.
     """
 
     indices: torch.Tensor | None
     weights: torch.Tensor
+    length: int
+
+    def last(self, text: torch.Tensor) -> torch.Tensor:
+        """Text `[R, H, text, D]` as cross-attention reads it, without what stands before the prompt in it.
+
+        Raises:
+            ConceptMapsError: the attention is not given the whole prompt.
+        """
+        if text.shape[2] < self.length:
+            raise ConceptMapsError(
+                f"the transformer takes {self.length} text tokens and its attention reads the last {text.shape[2]} of "
+                f"them, so that the words of the prompt cannot be told; use max_sequence_length={text.shape[2]}"
+            )
+        return text[:, :, text.shape[2] - self.length :]
 
     def select(self, text: torch.Tensor) -> torch.Tensor:
         """The scored rows of `[R, H, text, D]`."""
@@ -127,9 +142,9 @@ class PromptTokens:
                 weights[row, column, table[name]] = 1 / len(table[name])
         weights = weights.repeat_interleave(videos // len(tables), 0)
         if self._official:
-            return TextRows(None, weights.to(device))
+            return TextRows(None, weights.to(device), length)
         used = weights.sum((0, 1)).nonzero().flatten()
-        return TextRows(used.to(device), weights[:, :, used].to(device))
+        return TextRows(used.to(device), weights[:, :, used].to(device), length)
 
     def _tables(self, length: int) -> list[dict[str, list[int]]]:
         """Positions per prompt and word."""
@@ -140,12 +155,13 @@ class PromptTokens:
                 "target='prompt' needs the text of the prompt, and this run was given prompt_embeds; pass "
                 "prompt_tokens={word: positions}"
             )
+        prompts = [self._backbone.clean(prompt) for prompt in self._prompts]
         if self._chosen is None:
-            self.names = words_of(self._prompts[0])
+            self.names = words_of(prompts[0])
         if not self.names:
-            raise ConceptMapsValueError(f"the prompt {self._prompts[0]!r} has no words to make maps of")
+            raise ConceptMapsValueError(f"the prompt {prompts[0]!r} has no words to make maps of")
         tables = []
-        for prompt in self._prompts:
+        for prompt in prompts:
             spans = self._backbone.token_spans(self._pipe, prompt, length)
             tables.append({name: self._join(find_tokens(spans, prompt, name)) for name in self.names})
         return tables

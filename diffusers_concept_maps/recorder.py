@@ -91,6 +91,8 @@ class Recorder:
         self._backbone = backbone
         self._sites = sites
         self._layer = {site.attention: layer for own in sites.values() for layer, site in enumerate(own)}
+        # Concepts that the blocks update go through all of them up to the deepest that is read.
+        self._recorded = plan.layers if isinstance(backbone, CrossBackbone) else range(plan.deepest + 1)
         self._tracker = RunTracker(pipe, backbone)
         self._announced: _Announced | None = None
         self._words: TextRows | None = None
@@ -136,7 +138,7 @@ class Recorder:
         if self._announced is not None:
             self._start(self._announced, arguments)
             self._announced = None
-        if self._pass is None or self.answering or self._layer[site.attention] > self._plan.deepest:
+        if self._pass is None or self.answering or self._layer[site.attention] not in self._recorded:
             return None
         if self._pass.joined is None:
             self._pass.arguments = arguments
@@ -170,7 +172,7 @@ class Recorder:
 
     def records(self, attention: nn.Module) -> bool:
         """Whether this attention call, main or nested, is part of the capture."""
-        return self._pass is not None and self._layer.get(attention, self._plan.deepest + 1) <= self._plan.deepest
+        return self._pass is not None and self._layer.get(attention, -1) in self._recorded
 
     @property
     def answering(self) -> bool:
@@ -262,22 +264,22 @@ class Recorder:
             attention: the attention module.
             query: `[batch, H, N, D]` of the image tokens, after norms.
             output: attention output before the output projection, likewise.
-            text_key: keys of the text tokens `[batch, H, T, D]`.
+            text_key: keys of the text tokens `[batch, H, T, D]`, those of the prompt at the end.
             project: from text as this attention takes it `[row, text, width]` to its keys `[row, H, text, D]`.
         """
         current, layer = self._pass, self._layer[attention]
         assert current is not None  # `records` is True
         if current.words is not None:
-            key = current.words.select(text_key[current.rows])
+            key = current.words.select(current.words.last(text_key[current.rows]))
         else:
             assert current.fixed is not None  # concepts are the targets
-            key = project(current.fixed.context(self._arguments(current)["hidden_states"]))
+            key = current.fixed.keys(project, self._arguments(current)["hidden_states"])
+        current.arguments = None
         image_query, image_output = (tensor[current.rows, :, current.grid.tokens] for tensor in (query, output))
         taps = LayerTaps(
             *(image_query, None, None, image_output),
             *(None, key, None, None),
             frames=current.grid.frames,
-            multiplicity=current.multiplicity,
         )
         self._score(current, layer, taps)
 

@@ -7,7 +7,7 @@ is the block's own code, and the attention inside it is answered from the image 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -132,7 +132,7 @@ class ConceptStream:
 
 
 class FixedConcepts:
-    """Concepts in one forward pass of a model whose text no block updates."""
+    """Concepts in one forward pass of a model whose text no block updates: each layer has keys for them."""
 
     def __init__(
         self,
@@ -151,16 +151,18 @@ class FixedConcepts:
         self._call = call
         self._context: torch.Tensor | None = None
 
-    def context(self, like: torch.Tensor) -> torch.Tensor:
-        """The concepts as every block's cross-attention takes its text `[row, concept, width]`.
+    def keys(self, project: Callable[[torch.Tensor], torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+        """Keys of the concepts in one layer `[R, H, C, D]`.
 
         Args:
+            project: from text as the layer's cross-attention takes it `[row, text, width]` to its keys.
             like: the image stream, in the model's dtype and device.
         """
-        if self._context is None:
-            with torch.random.fork_rng(_devices(like), enabled=self._transformer.training):
+        # Dropout of a model that is being trained draws for the concepts too.
+        with torch.random.fork_rng(_devices(like), enabled=self._transformer.training):
+            if self._context is None:
                 self._context = self._backbone.context(self._transformer, self._embeds, like, self._call, self._rows)
-        return self._context
+            return project(self._context)
 
 
 def _devices(tensor: torch.Tensor) -> list[torch.device]:

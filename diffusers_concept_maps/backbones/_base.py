@@ -129,12 +129,16 @@ class Backbone(ABC):
         """Number of text tokens of a forward pass, from the arguments of the transformer."""
         return int(call["encoder_hidden_states"].shape[1])
 
+    def clean(self, prompt: str) -> str:
+        """A prompt as the family's pipelines hand it to their tokenizers; its words are looked for in that."""
+        return prompt
+
     def token_spans(self, pipe: Any, prompt: str, length: int) -> list[tuple[int, int]]:
         """The characters `(start, stop)` of a prompt that each text token covers; marks that are added cover none.
 
         Args:
             pipe: whose tokenizer to use.
-            prompt: the text that is encoded.
+            prompt: the text that is encoded, `clean`.
             length: number of text tokens of the forward pass.
 
         Raises:
@@ -224,12 +228,12 @@ class CrossBackbone(Backbone):
     def context(
         self, transformer: Any, embeds: torch.Tensor, like: torch.Tensor, call: Mapping[str, Any], rows: slice
     ) -> torch.Tensor:
-        """Concepts as the blocks' cross-attention takes its text `[row, concept, width]`; arguments as for `enter`.
+        """Concepts as the blocks' cross-attention takes its text `[row, concept, width]`, once per forward pass.
 
         Args:
             transformer: the model.
             embeds: text encoder states `[row, concept, text_width]`.
-            like: the image stream before the first block `[batch, token, width]`, in the model's dtype and device.
+            like: the image stream of a block `[batch, token, width]`, in the model's dtype and device.
             call: arguments of the transformer by name, for projections that depend on the timestep.
             rows: the rows of the batch that the concepts belong to.
         """

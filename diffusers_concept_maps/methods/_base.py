@@ -85,12 +85,15 @@ class Rules:
         space: one of `SPACES`, for `concept_attention`.
         scaled: query-key logits are divided by `sqrt(D)`.
         sum_heads: `gramcol` sums the heads instead of averaging them.
+        probabilities: `cross_attention` is a softmax over the text axis in every head, of logits that are divided by
+            `sqrt(D)` twice.
     """
 
     standardize: str = "none"
     space: str = "output"
     scaled: bool = True
     sum_heads: bool = False
+    probabilities: bool = False
 
 
 class Method(ABC):

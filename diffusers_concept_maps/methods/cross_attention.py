@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -18,6 +19,10 @@ class CrossAttention(Method):
 
     def score(self, taps: LayerTaps, heads: torch.Tensor, rules: Rules) -> torch.Tensor:
         """See `Method.score`."""
+        if rules.probabilities:
+            tokens = torch.arange(taps.text_key.shape[2], device=taps.text_key.device)
+            query = taps.image_query / math.sqrt(taps.image_query.shape[-1])  # for the second time, in the op
+            return ops.attention_probabilities(query, taps.text_key, tokens, mean_weights(heads))
         return ops.query_key_similarity(
             taps.image_query,
             taps.text_key,

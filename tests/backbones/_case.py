@@ -74,6 +74,10 @@ class Case:
         """The methods that the topology allows."""
         return (*(["concept_attention"] if self.joint else []), "cross_attention", "gramcol", "imap")
 
+    def has_maps(self, length: int) -> bool:
+        """Whether maps differ between tokens: to all that read it alone, one text token gives the same."""
+        return self.joint or length > 1
+
     @property
     def tokens(self) -> int:
         """Number of tokens of the grid."""

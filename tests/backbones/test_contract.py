@@ -59,7 +59,8 @@ class TestTransformer:
             assert kept_state(transformer) == before
             for method in case.methods:
                 assert maps.get(method).shape == (batch, 3, *case.grid)
-                assert (maps.get(method).flatten(2).std(-1) > 1e-6).all()
+                assert maps.get(method).isfinite().all()
+                assert (maps.get(method).flatten(2).std(-1) > 1e-6).all() or not case.has_maps(length)
 
     def test_an_exception_in_a_layer_undoes_as_well(self, case: Case) -> None:
         transformer, inputs = transformer_of(case), case.inputs(1, case.text_lengths[-1], 1)
@@ -97,7 +98,7 @@ class TestTransformer:
         assert all(torch.equal(adopted.get(method), swapped.get(method)) for method in case.methods)
 
     def test_maps_are_those_of_the_oracle(self, case: Case) -> None:
-        for length in case.text_lengths:
+        for length in filter(case.has_maps, case.text_lengths):
             inputs, embeds = case.inputs(2, length, 3), embeds_of(case)
             taps = layer_taps(case, inputs, embeds)
             for method in case.methods:
