@@ -1,16 +1,24 @@
 """Stable Diffusion 3 and 3.5.
 
 Joint attention over image and text, image first, with projections of its own for text and without positions for it.
-The text of the last block ends there, so that concepts are read from all blocks and carried through all but one.
+The text of the last block ends there, so that concepts are read from all blocks and carried through all but one. Their
+modulation is that of the prompt, its pooled embedding included. Of skip-layer guidance, whose third pass leaves layers
+out, the maps are those of the two full passes.
+
+The published code of ConceptAttention (arXiv 2502.04320) for SD3 is not what `parity="concept_attention"` reproduces,
+which is its code for CogVideoX: for SD3 it encodes all concepts as one text by the CLIP encoders alone, takes image
+outputs from a second attention in which the image reads concepts instead of the prompt, scales concept outputs to unit
+length, and averages outputs over steps before it compares them. The concept outputs themselves are the same as here.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 import torch
-from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
+from diffusers.models.attention_processor import Attention, FusedJointAttnProcessor2_0, JointAttnProcessor2_0
 from torch import nn
 from torch.nn import functional
 
@@ -44,13 +52,18 @@ class SD3Backbone(JointBackbone):
 
     def encode(self, pipe: Any, texts: list[str], length: int | None) -> tuple[torch.Tensor, list[int]]:
         """See `Backbone.encode`; states of T5 where the pipeline has it, else of the two CLIP encoders."""
-        if pipe.text_encoder is None or pipe.tokenizer is None:
+        needed = ["tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"]
+        needed += [] if getattr(pipe, "text_encoder_3", None) is None else ["tokenizer_3"]
+        if any(getattr(pipe, name, None) is None for name in needed):
             raise ConceptMapsError(
                 f"this {type(pipe).__name__} has no tokenizer or text encoder to encode the concepts with; "
                 f"pass concept_embeds instead"
             )
         length = length or 256
-        with torch.no_grad(), torch.random.fork_rng(enabled=pipe.text_encoder.training):
+        encoders = (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3)
+        training = any(encoder is not None and encoder.training for encoder in encoders)
+        # Dropout of a text encoder that is being trained would draw from the global random state.
+        with torch.no_grad(), torch.random.fork_rng(enabled=training):
             states, *_ = pipe.encode_prompt(
                 texts, None, None, do_classifier_free_guidance=False, max_sequence_length=length
             )
@@ -94,11 +107,7 @@ class SD3Backbone(JointBackbone):
         return cast("torch.Tensor | None", block_output[0])
 
 
-class ConceptJointAttnProcessor2_0(ConceptProcessor, JointAttnProcessor2_0):
-    """Drop-in for `JointAttnProcessor2_0`, in its order of operations."""
-
-    stock: ClassVar[type | None] = JointAttnProcessor2_0
-
+class _JointProcessor(ConceptProcessor, ABC):
     def __call__(
         self,
         attn: Attention,
@@ -113,23 +122,75 @@ class ConceptJointAttnProcessor2_0(ConceptProcessor, JointAttnProcessor2_0):
         if recorder is not None and recorder.answering:
             if encoder_hidden_states is None:  # attention of an image that is empty here
                 return hidden_states
-            output = recorder.answer(*_project_text(attn, encoder_hidden_states))
+            output = recorder.answer(*self._project_text(attn, encoder_hidden_states))
             return hidden_states, _finish_text(attn, _join_heads(output))
         if recorder is None or encoder_hidden_states is None or not recorder.records(attn):
             stock: Any = super()
             return stock.__call__(attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
-        text_heads = _project_text(attn, encoder_hidden_states)
-        query, key, value = (
-            torch.cat([image, text], dim=2)
-            for image, text in zip(_project_image(attn, hidden_states), text_heads, strict=True)
-        )
+        query, key, value = self._project(attn, hidden_states, encoder_hidden_states)
         output = functional.scaled_dot_product_attention(query, key, value, dropout_p=0.0, is_causal=False)
         states = _join_heads(output).to(query.dtype)
         count = hidden_states.shape[1]
-        image, text = states[:, :count], _finish_text(attn, states[:, count:])
-        image = attn.to_out[1](attn.to_out[0](image))
+        image = attn.to_out[1](attn.to_out[0](states[:, :count]))
+        text = _finish_text(attn, states[:, count:])
         recorder.observe(attn, query, key, value, output, text=slice(count, None), image=slice(0, count))
         return image, text
+
+    @abstractmethod
+    def _project(
+        self, attn: Attention, image: torch.Tensor, text: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query, key and value `[batch, H, S, D]` of image and text."""
+
+    @abstractmethod
+    def _project_text(self, attn: Attention, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The same of text alone."""
+
+
+class ConceptJointAttnProcessor2_0(_JointProcessor, JointAttnProcessor2_0):
+    """Drop-in for `JointAttnProcessor2_0`."""
+
+    stock: ClassVar[type | None] = JointAttnProcessor2_0
+
+    def _project(
+        self, attn: Attention, image: torch.Tensor, text: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        query, key, value = (_split_heads(attn, linear(image)) for linear in (attn.to_q, attn.to_k, attn.to_v))
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        if attn.norm_k is not None:
+            key = attn.norm_k(key)
+        text_query, text_key, text_value = self._project_text(attn, text)
+        return torch.cat([query, text_query], 2), torch.cat([key, text_key], 2), torch.cat([value, text_value], 2)
+
+    def _project_text(self, attn: Attention, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        linears = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        query, key, value = (_split_heads(attn, linear(text)) for linear in linears)
+        if attn.norm_added_q is not None:
+            query = attn.norm_added_q(query)
+        if attn.norm_added_k is not None:
+            key = attn.norm_added_k(key)
+        return query, key, value
+
+
+class ConceptFusedJointAttnProcessor2_0(_JointProcessor, FusedJointAttnProcessor2_0):
+    """Drop-in for `FusedJointAttnProcessor2_0`, which `fuse_qkv_projections` puts in.
+
+    As there, queries and keys are not normed, and the image cannot attend to itself without text (SD3.5 medium).
+    """
+
+    stock: ClassVar[type | None] = FusedJointAttnProcessor2_0
+
+    def _project(
+        self, attn: Attention, image: torch.Tensor, text: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        parts = zip(attn.to_qkv(image).chunk(3, -1), attn.to_added_qkv(text).chunk(3, -1), strict=True)
+        query, key, value = (_split_heads(attn, torch.cat(part, dim=1)) for part in parts)
+        return query, key, value
+
+    def _project_text(self, attn: Attention, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        query, key, value = (_split_heads(attn, part) for part in attn.to_added_qkv(text).chunk(3, -1))
+        return query, key, value
 
 
 def _split_heads(attn: Attention, states: torch.Tensor) -> torch.Tensor:
@@ -138,25 +199,6 @@ def _split_heads(attn: Attention, states: torch.Tensor) -> torch.Tensor:
 
 def _join_heads(output: torch.Tensor) -> torch.Tensor:
     return output.transpose(1, 2).reshape(output.shape[0], output.shape[2], -1)
-
-
-def _project_image(attn: Attention, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    query, key, value = (_split_heads(attn, linear(states)) for linear in (attn.to_q, attn.to_k, attn.to_v))
-    if attn.norm_q is not None:
-        query = attn.norm_q(query)
-    if attn.norm_k is not None:
-        key = attn.norm_k(key)
-    return query, key, value
-
-
-def _project_text(attn: Attention, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    linears = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-    query, key, value = (_split_heads(attn, linear(states)) for linear in linears)
-    if attn.norm_added_q is not None:
-        query = attn.norm_added_q(query)
-    if attn.norm_added_k is not None:
-        key = attn.norm_added_k(key)
-    return query, key, value
 
 
 def _finish_text(attn: Attention, states: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,75 @@
+"""Runs of stock pipelines, pass by pass."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from backbones._case import Inputs
+from backbones._oracle import kept_state
+
+import diffusers_concept_maps as dcm
+
+METHODS = ("concept_attention", "cross_attention", "gramcol", "imap")
+
+
+@contextmanager
+def recorded_passes(transformer: Any) -> Iterator[list[Inputs]]:
+    """The arguments of every forward pass, by name."""
+    passes: list[Inputs] = []
+    names = list(inspect.signature(type(transformer).forward).parameters)[1:]
+
+    def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        named = dict(zip(names, args, strict=False)) | kwargs
+        passes.append({name: value for name, value in named.items() if name != "return_dict"})
+
+    hook = transformer.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield passes
+    finally:
+        hook.remove()
+
+
+def check_run(
+    pipe: Any,
+    run: Callable[[], torch.Tensor],
+    embeds: torch.Tensor,
+    grid: tuple[int, int, int],
+    places: Sequence[tuple[int, slice]],
+    *,
+    passes: int,
+    branch: str = "cond",
+) -> None:
+    """A run is the same with and without capture, and its maps are those of a bare transformer, pass by pass.
+
+    Args:
+        pipe: a stock pipeline.
+        run: seeded, from nothing to latents.
+        embeds: text encoder states of the concepts.
+        grid: of its tokens.
+        places: which forward passes make the maps of the branch, and the rows of each that belong to it.
+        passes: number of forward passes of the run.
+        branch: the guidance branch.
+    """
+    before = kept_state(pipe.transformer)
+    off, random = run(), torch.get_rng_state()
+    tracing = dcm.trace(pipe, concept_embeds=embeds, methods=METHODS, branch=branch)
+    with recorded_passes(pipe.transformer) as seen, tracing as maps:
+        assert torch.equal(run(), off)
+        assert torch.equal(torch.get_rng_state(), random)
+    assert kept_state(pipe.transformer) == before
+    assert len(seen) == passes
+    expected: dict[str, list[torch.Tensor]] = {method: [] for method in METHODS}
+    for place, rows in places:
+        with torch.no_grad(), dcm.trace(pipe.transformer, concept_embeds=embeds, methods=METHODS) as bare:
+            pipe.transformer(**seen[place])
+        for method in METHODS:
+            expected[method].append(bare.get(method)[rows])
+    for method in METHODS:
+        mean = torch.stack(expected[method]).mean(0)
+        assert maps.get(method).shape[2:] == grid
+        assert maps.coverage[method].sum().item() == len(places) * maps.coverage[method].shape[1]
+        torch.testing.assert_close(maps.get(method), mean, rtol=0, atol=1e-5 * mean.abs().max().item())
