@@ -1,0 +1,164 @@
+"""LTX-Video: text to video, image to video, and video from conditions.
+
+Self-attention over packed video tokens, then cross-attention to a text that no block updates: T5's states behind the
+model's caption projection, the same for every block, without positions. Concepts go through that projection too and
+have keys in every block; the prompt's mask does not touch them. Images of image-to-video and conditions at the first
+frame are part of the grid; conditions at later frames are tokens in front of it, which maps leave out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_ltx import LTXAttention, LTXVideoAttnProcessor
+
+from diffusers_concept_maps.backbones._base import CrossBackbone, Grid, Site
+from diffusers_concept_maps.errors import ConceptMapsError
+from diffusers_concept_maps.processors._base import ConceptProcessor
+from diffusers_concept_maps.tokens import word_tokens
+
+_TEXT_TOKENS = 128
+_FRAMES_PER_LATENT = 8
+
+
+class LTXBackbone(CrossBackbone):
+    """LTX-Video in all its sizes.
+
+    Pipelines say the token grid, but for that of conditions: it gives every token its coordinates, from which the grid
+    is read, for which a device waits once per step.
+    """
+
+    transformer_classes: ClassVar[tuple[str, ...]] = ("LTXVideoTransformer3DModel",)
+
+    def sites(self, transformer: Any) -> list[Site]:
+        """See `Backbone.sites`."""
+        return [Site(block, block.attn2) for block in transformer.transformer_blocks]
+
+    def heads(self, transformer: Any) -> int:
+        """See `Backbone.heads`."""
+        return int(transformer.config.num_attention_heads)
+
+    def text_width(self, transformer: Any) -> int:
+        """See `Backbone.text_width`."""
+        return int(transformer.config.caption_channels)
+
+    def encode(self, pipe: Any, texts: list[str], length: int | None) -> tuple[torch.Tensor, list[int]]:
+        """See `Backbone.encode`; states of T5, which attends to the padding as it does for the pipelines."""
+        if pipe.text_encoder is None or pipe.tokenizer is None:
+            raise ConceptMapsError(
+                f"this {type(pipe).__name__} has no tokenizer or text encoder to encode the concepts with; "
+                f"pass concept_embeds instead"
+            )
+        length = length or _TEXT_TOKENS
+        counts = [word_tokens(pipe.tokenizer, text, length) for text in texts]
+        with torch.no_grad(), torch.random.fork_rng(enabled=pipe.text_encoder.training):
+            states, *_ = pipe.encode_prompt(texts, do_classifier_free_guidance=False, max_sequence_length=length)
+        return states, counts
+
+    def grid(self, transformer: Any, call: Mapping[str, Any]) -> Grid:
+        """See `Backbone.grid`.
+
+        Raises:
+            ConceptMapsError: there are other tokens than those of one grid and its conditions.
+        """
+        tokens = call["hidden_states"].shape[1]
+        if call.get("num_frames") is None:
+            grid = _grid_of(call["video_coords"])
+        else:
+            grid = Grid(int(call["num_frames"]), int(call["height"]), int(call["width"]))
+        if grid.tokens.stop != tokens:
+            raise ConceptMapsError(
+                f"the transformer was given {tokens} tokens, but its other arguments tell of {grid.tokens.stop}: "
+                f"where they are in the video is not known (LTXI2VLongMultiPromptPipeline makes it in windows, which "
+                f"cannot be traced)"
+            )
+        return grid
+
+    def timesteps(self, scheduled: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """See `Backbone.timesteps`; tokens that are given have timesteps of their own."""
+        return scheduled.to(dtype)
+
+    def geometry(self, transformer: Any) -> dict[str, int]:
+        """See `Backbone.geometry`."""
+        return {
+            "frames_per_latent": _FRAMES_PER_LATENT,
+            "latents_per_token": int(transformer.config.patch_size_t),
+        }
+
+    def context(
+        self, transformer: Any, embeds: torch.Tensor, like: torch.Tensor, call: Mapping[str, Any], rows: slice
+    ) -> torch.Tensor:
+        """See `CrossBackbone.context`."""
+        return cast(torch.Tensor, transformer.caption_projection(embeds.to(like)))
+
+
+def _grid_of(coordinates: torch.Tensor) -> Grid:
+    """The grid behind its conditions, from `[batch, 3, token]`: the grid begins at time zero, conditions later."""
+    times, rows, columns = coordinates[0]
+    height, width = rows.unique().numel(), columns.unique().numel()
+    frames = times[:: height * width].tolist()
+    start = max((place for place, time in enumerate(frames) if time == 0), default=0)
+    return Grid(len(frames) - start, height, width, start * height * width)
+
+
+class ConceptLTXVideoAttnProcessor(ConceptProcessor, LTXVideoAttnProcessor):
+    """Drop-in for `LTXVideoAttnProcessor`, in its order of operations."""
+
+    stock: ClassVar[type | None] = LTXVideoAttnProcessor
+
+    def __call__(
+        self,
+        attn: LTXAttention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: Any = None,
+    ) -> torch.Tensor:
+        """Attention of video `[batch, N, width]` to text `[batch, T, width]`."""
+        recorder = self.recorder
+        if recorder is None or encoder_hidden_states is None or not recorder.records(attn):
+            stock: Any = super()
+            return cast(
+                torch.Tensor,
+                stock.__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb),
+            )
+        if attention_mask is not None:
+            batch, count, _ = encoder_hidden_states.shape
+            attention_mask = attn.prepare_attention_mask(attention_mask, count, batch)
+            attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
+        query = _split_heads(attn, attn.norm_q(attn.to_q(hidden_states)))
+        key = _project_key(attn, encoder_hidden_states)
+        value = _split_heads(attn, attn.to_v(encoder_hidden_states))
+        output = dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            dropout_p=0.0,
+            is_causal=False,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        result = attn.to_out[1](attn.to_out[0](output.flatten(2, 3).to(query.dtype)))
+        recorder.observe_crossing(
+            attn,
+            query.transpose(1, 2),
+            output.transpose(1, 2),
+            key.transpose(1, 2),
+            lambda context: _project_key(attn, context).transpose(1, 2),
+        )
+        return cast(torch.Tensor, result)
+
+
+def _split_heads(attn: LTXAttention, states: torch.Tensor) -> torch.Tensor:
+    return cast(torch.Tensor, states.unflatten(2, (attn.heads, -1)))
+
+
+def _project_key(attn: LTXAttention, text: torch.Tensor) -> torch.Tensor:
+    return _split_heads(attn, attn.norm_k(attn.to_k(text)))
+
+
+BACKBONE = LTXBackbone()
