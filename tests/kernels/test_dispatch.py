@@ -27,6 +27,13 @@ REFERENCES = (reference, reference_matching)
 KERNELS = (concept_map_kernels,)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _launched(device: torch.device) -> None:
+    """Whether the device runs kernels is tried once, and must not be while they are forbidden."""
+    with dispatch.use_backend("kernels"):
+        assert dispatch._kernels_for(device) is concept_map_kernels
+
+
 @contextmanager
 def forbidden(sources: tuple[ModuleType, ...]) -> Iterator[None]:
     """The ops of these modules fail when they are called."""
