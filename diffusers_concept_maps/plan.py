@@ -121,10 +121,7 @@ class CapturePlan:
         return max(self.layers)
 
     def reading(self, layer: int) -> dict[str, MethodPlan]:
-        """The methods that read a layer, by name; last those that choose heads, for others may read their statistics.
-
-        See `LayerTaps.output_similarity`.
-        """
+        """The methods that read a layer; those that choose heads come last, see `LayerTaps.output_similarity`."""
         reading = {name: plan for name, plan in self.methods.items() if layer in plan.layers}
         return dict(sorted(reading.items(), key=lambda item: isinstance(item[1].heads, HeadSelection)))
 
