@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -24,3 +25,8 @@ def test_the_readme_shows_the_contact_sheet_of_the_command() -> None:
     assert "docs/images/contact_sheet.png" in LINK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
     with Image.open(ROOT / "docs" / "images" / "contact_sheet.png") as sheet:
         assert sheet.width > 600
+
+
+def test_the_page_of_the_backbones_is_what_they_declare() -> None:
+    make = runpy.run_path(str(ROOT / "docs" / "make_backbones.py"))
+    assert (ROOT / "docs" / "backbones.md").read_text(encoding="utf-8") == make["page"](), "run docs/make_backbones.py"

@@ -28,6 +28,7 @@ __all__ = [
     "Preset",
     "Site",
     "find_backbone",
+    "find_backbones",
     "find_transformers",
     "register",
     "supported",
@@ -74,6 +75,11 @@ def find_transformers(pipe_or_transformer: Any) -> list[Any]:
         f"{type(pipe_or_transformer).__name__} has no transformer to trace; pass a diffusers pipeline whose "
         f"`transformer` is one of {', '.join(supported())}, or such a transformer"
     )
+
+
+def find_backbones() -> tuple[Backbone, ...]:
+    """Every backbone that is registered."""
+    return tuple(dict.fromkeys(_BACKBONES.values()))
 
 
 def find_backbone(transformer: Any) -> Backbone:
