@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -61,6 +61,8 @@ class RunTracker:
     - Or it is a copy, of another scale or dtype: then it must have the value that `Backbone.timesteps` gives for the
       current step or, where the pipeline writes nothing, for this step or the next. Whatever else a new step begins
       with is an error, since its place would be a guess.
+    - Or it is a copy of what the pipeline has written, with a timestep for every frame (diffusion forcing). All passes
+      of a run then have to be over the same frames.
 
     Where a guided step has two forward passes, the conditional one is the first.
     """
@@ -141,12 +143,30 @@ class RunTracker:
         if own is self._left:
             return None
         schedule: torch.Tensor = self._pipe.scheduler.timesteps
+        if self._writes and own.ndim == 1:
+            return self._check_frames(own, timestep, schedule)
         handed = self._backbone.timesteps(schedule.to(timestep.device), timestep.dtype)
         if handed is None:
             return None
         # Where tokens have timesteps of their own, the largest: frames that are given have smaller ones.
         found = (handed == timestep.amax()).nonzero().flatten().tolist()
         return self._check_written(own, schedule, found) if self._writes else self._check_next(schedule, found)
+
+    def _check_frames(
+        self, own: torch.Tensor, timestep: torch.Tensor, schedule: torch.Tensor
+    ) -> tuple[int, int] | None:
+        """The pipeline has written a timestep for every frame `[frame]`, and hands over `[video, frame]`."""
+        if timestep.ndim != 2:
+            return None
+        # The rows of one loop are views of one tensor; every window has a loop of its own.
+        same_loop = schedule is not self._schedule or _share(own, cast(torch.Tensor, self._current))
+        if timestep.shape[1] != own.shape[0] or not same_loop:
+            raise ConceptMapsError(
+                f"{type(self._pipe).__name__} makes this clip in windows that overlap, and each would have maps of "
+                f"its own; generate no more frames than base_num_frames, or without overlap_history"
+            )
+        # The first frames may be noised anew, and then have another timestep than the one it has written.
+        return (id(own), 0) if bool(timestep[0, -1] == own[-1]) else None
 
     def _check_written(self, own: torch.Tensor, schedule: torch.Tensor, found: list[int]) -> tuple[int, int] | None:
         """The timestep handed over has to be the one that the pipeline has written, at one of the places `found`."""

@@ -1,0 +1,33 @@
+"""SkyReels-V2, which is built as Wan: text-to-video, image-to-video, and diffusion forcing.
+
+With diffusion forcing every latent frame has a timestep of its own, and a step is one pass over all frames, whatever
+their timesteps. A clip that is made in several windows, longer than `base_num_frames`, is refused when the second one
+starts, because each would have maps of its own. Frames that are given, as the first one of image-to-video or the clip
+that is extended, are part of the grid.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from diffusers.models.transformers.transformer_skyreels_v2 import SkyReelsV2AttnProcessor
+
+from diffusers_concept_maps.backbones._base import Preset
+from diffusers_concept_maps.backbones.wan import CrossAttnProcessor, WanBackbone
+
+
+class SkyReelsV2Backbone(WanBackbone):
+    """SkyReels-V2 of all sizes; nothing is published on which of its layers or heads to use."""
+
+    transformer_classes: ClassVar[tuple[str, ...]] = ("SkyReelsV2Transformer3DModel",)
+    presets: ClassVar[tuple[Preset, ...]] = ()
+
+
+class ConceptSkyReelsV2AttnProcessor(CrossAttnProcessor, SkyReelsV2AttnProcessor):
+    """Drop-in for `SkyReelsV2AttnProcessor`."""
+
+    stock: ClassVar[type | None] = SkyReelsV2AttnProcessor
+    splits_video: ClassVar[bool] = True
+
+
+BACKBONE = SkyReelsV2Backbone()
