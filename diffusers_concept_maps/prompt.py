@@ -51,12 +51,29 @@ class TextRows:
         return torch.bmm(self.weights, scores)
 
 
+class _Encoded:
+    """One call of `encode_prompt`: the prompts it was given, None for embeddings, and the tensors it has returned."""
+
+    def __init__(self, prompt: str | list[str] | None, encoded: Any) -> None:
+        self.prompts = [prompt] if isinstance(prompt, str) else prompt
+        returned = encoded if isinstance(encoded, tuple | list) else (encoded,)
+        self._tensors = [tensor for tensor in returned if isinstance(tensor, torch.Tensor)]
+
+    def is_text(self, text: object) -> bool:
+        """Whether one of the tensors is what the transformer was handed as text."""
+        return isinstance(text, torch.Tensor) and any(
+            tensor.shape == text.shape and torch.equal(tensor.to(text), text) for tensor in self._tensors
+        )
+
+
 class PromptTokens:
     """Where each target word is in the prompt of the current run.
 
     Either given as positions, or found when the pipeline encodes its prompt: for the time of the capture
-    `encode_prompt` is shadowed in the pipeline's own `__dict__` by a function that notes the prompt and calls the
-    original.
+    `encode_prompt` is shadowed in the pipeline's own `__dict__` by a function that calls the original and notes the
+    prompt. Pipelines whose negative prompt is encoded by a call of its own make several; the prompt is the one whose
+    embeddings the transformer is handed. Where they were changed on the way it is the first, and the last for families
+    with batched guidance, which make one call in a run.
 
     Attributes:
         names: the target words; known from the first run on where none were given.
@@ -88,6 +105,7 @@ class PromptTokens:
         self._given = positions
         self._official = official
         self._prompts: list[str] | None = None
+        self._encoded: list[_Encoded] = []  # since the last run whose words were asked for
         self._listener: Callable[..., Any] | None = None
         self._before: Any = None
 
@@ -98,9 +116,11 @@ class PromptTokens:
 
             @functools.wraps(original)
             def encode_prompt(*args: Any, **kwargs: Any) -> Any:
-                prompt = inspect.signature(original).bind(*args, **kwargs).arguments.get("prompt")
-                self._prompts = [prompt] if isinstance(prompt, str) else prompt
-                return original(*args, **kwargs)
+                given = inspect.signature(original).bind(*args, **kwargs).arguments
+                prompts = [given[name] for name in self._backbone.prompt_arguments if given.get(name) is not None]
+                encoded = original(*args, **kwargs)
+                self._encoded.append(_Encoded(prompts[0] if prompts else None, encoded))
+                return encoded
 
             self._before, self._listener = self._pipe.__dict__.get("encode_prompt"), encode_prompt
             self._pipe.__dict__["encode_prompt"] = encode_prompt
@@ -114,18 +134,25 @@ class PromptTokens:
                 if self._before is not None:
                     own["encode_prompt"] = self._before
         self._pipe = self._listener = self._before = None
+        self._encoded = []
 
-    def rows(self, videos: int, length: int, device: torch.device) -> TextRows:
+    def rows(self, videos: int, length: int, device: torch.device, text: object = None) -> TextRows:
         """Which text rows the words are, and how they are joined.
 
         Args:
             videos: number of videos; those of one prompt follow one another.
             length: number of text tokens of the transformer's input.
             device: where to put the indices and weights.
+            text: what the transformer was handed as text in this forward pass.
 
         Raises:
             ConceptMapsError: the prompts are not known, a word is not in one of them, or lies beyond `length`.
         """
+        if self._encoded:
+            handed = [entry for entry in self._encoded if entry.is_text(text)] if len(self._encoded) > 1 else []
+            likely = self._encoded[-1 if self._backbone.batched_guidance else 0]
+            self._prompts = (handed or [likely])[0].prompts
+            self._encoded = []
         tables = self._tables(length)
         if videos % len(tables):
             raise ConceptMapsError(

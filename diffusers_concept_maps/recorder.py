@@ -164,7 +164,8 @@ class Recorder:
             self._start_concepts(current, present, announced.text_length, device)
         else:
             if self._words is None or self._words.weights.shape[0] != rows.stop - rows.start:
-                self._words = self._plan.prompt.rows(rows.stop - rows.start, announced.text_length, device)
+                text = announced.call.get("encoder_hidden_states")
+                self._words = self._plan.prompt.rows(rows.stop - rows.start, announced.text_length, device, text)
                 self._plan.check_words()
             current.words = self._words
         self.results.expect(current.grid, {name: s.stop - s.start for name, s in branches.items()})
@@ -185,7 +186,7 @@ class Recorder:
         assert current is not None  # `records` is True
         assert isinstance(self._backbone, JointBackbone)
         site = self._sites[current.transformer][self._layer[attention]]
-        return self._backbone.text_tokens(site.block, self._arguments(current))
+        return self._backbone.text_tokens(site.block, self._arguments(current), current.call)
 
     @property
     def joined(self) -> JoinedConcepts | None:

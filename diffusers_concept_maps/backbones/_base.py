@@ -86,11 +86,14 @@ class Backbone(ABC):
         presets: one per known checkpoint.
         batched_guidance: the family's pipelines run both guidance branches as one batch, the unconditional half first;
             False if each has a forward pass of its own, the conditional one first.
+        prompt_arguments: of `encode_prompt`, what it may be given as the text whose tokens are the text stream; the
+            first that is given is it.
     """
 
     transformer_classes: ClassVar[tuple[str, ...]]
     presets: ClassVar[tuple[Preset, ...]] = ()
     batched_guidance: ClassVar[bool] = True
+    prompt_arguments: ClassVar[tuple[str, ...]] = ("prompt",)
 
     @abstractmethod
     def sites(self, transformer: Any) -> list[Site]:
@@ -193,15 +196,16 @@ class JointBackbone(Backbone):
             rows: the rows of the batch that the concepts belong to.
         """
 
-    def text_tokens(self, block: nn.Module, arguments: Mapping[str, Any]) -> int:
+    def text_tokens(self, block: nn.Module, arguments: Mapping[str, Any], call: Mapping[str, Any]) -> int:
         """Number of text tokens in the joint sequence of a block.
 
         Args:
             block: of which attention is called with text and image in one sequence, for a model whose attention
                 cannot tell them apart.
             arguments: what the block was called with, by name.
+            call: what the transformer was called with, likewise.
         """
-        return int(arguments["encoder_hidden_states"].shape[1])
+        return self.text_length(call)
 
     @abstractmethod
     def reentry(
