@@ -54,8 +54,8 @@ def check_run(
         passes: number of forward passes of the run.
         branch: the guidance branch.
     """
-    before = kept_state(pipe.transformer)
     off, random = run(), torch.get_rng_state()
+    before = kept_state(pipe.transformer)  # the first run of a pipeline may leave hooks of its own
     tracing = dcm.trace(pipe, concept_embeds=embeds, methods=METHODS, branch=branch)
     with recorded_passes(pipe.transformer) as seen, tracing as maps:
         assert torch.equal(run(), off)

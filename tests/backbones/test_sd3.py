@@ -151,7 +151,7 @@ def test_a_bare_transformer_with_skipped_layers() -> None:
     assert maps.coverage["concept_attention"].tolist() == [[False, True, True]]
 
 
-def test_fused_before_and_during_the_capture(caplog: pytest.LogCaptureFixture) -> None:
+def test_fused_before_the_capture_and_unfused_again() -> None:
     fused = tiny.make_pipeline()
     fused.transformer.fuse_qkv_projections()
     places = [(step, COND) for step in range(3)]
