@@ -154,8 +154,7 @@ class Recorder:
     def _start(self, announced: _Announced, arguments: Mapping[str, Any]) -> None:
         """Start to record, by the batch of the first block: a cache may have left the unconditional half out."""
         present = announced.place.branches(self._backbone.batch(arguments))
-        chosen = self._choose_rows(present)
-        if chosen is None:
+        if (chosen := self._choose_rows(present)) is None:
             return
         rows, branches = chosen
         current = _Pass(announced.transformer, announced.call, announced.place.step, rows, branches, announced.grid)
