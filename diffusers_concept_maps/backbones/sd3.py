@@ -59,7 +59,7 @@ class SD3Backbone(JointBackbone):
                 f"this {type(pipe).__name__} has no tokenizer or text encoder to encode the concepts with; "
                 f"pass concept_embeds instead"
             )
-        length = length or 256
+        cut, length = length is not None, length or 256
         encoders = (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3)
         training = any(encoder is not None and encoder.training for encoder in encoders)
         # Dropout of a text encoder that is being trained would draw from the global random state.
@@ -68,9 +68,11 @@ class SD3Backbone(JointBackbone):
                 texts, None, None, do_classifier_free_guidance=False, max_sequence_length=length
             )
         if pipe.text_encoder_3 is None:  # its rows are zeros then
-            counts = [word_tokens(pipe.tokenizer, text, _CLIP_TOKENS - 1) for text in texts]
-            return states[:, 1:_CLIP_TOKENS], counts
-        return states[:, _CLIP_TOKENS:], [word_tokens(pipe.tokenizer_3, text, length) for text in texts]
+            states, tokenizer, room = states[:, 1:_CLIP_TOKENS], pipe.tokenizer, _CLIP_TOKENS - 1
+        else:
+            states, tokenizer, room = states[:, _CLIP_TOKENS:], pipe.tokenizer_3, length
+        counts = [word_tokens(tokenizer, text, None if cut else room) for text in texts]
+        return states, [min(count, room - 1) for count in counts]
 
     def token_spans(self, pipe: Any, prompt: str, length: int) -> list[tuple[int, int]]:
         """See `Backbone.token_spans`; the tokens of the CLIP encoders, then those of T5."""

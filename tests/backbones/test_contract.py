@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -157,8 +158,8 @@ def recorded_calls(case: Case, pipe: Any, prompts: list[str], **options: Any) ->
     calls: list[tuple[Any, Inputs]] = []
 
     def note(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        assert not args
-        calls.append((module, {name: value for name, value in kwargs.items() if name != "return_dict"}))
+        named = dict(zip(list(inspect.signature(type(module).forward).parameters)[1:], args, strict=False)) | kwargs
+        calls.append((module, {name: value for name, value in named.items() if name != "return_dict"}))
 
     transformers = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
     hooks = [t.register_forward_pre_hook(note, with_kwargs=True) for t in transformers if t is not None]

@@ -69,7 +69,8 @@ def test_concepts_are_encoded_by_t5(pipe: StableDiffusion3Pipeline) -> None:
     assert counts == [1, 2, 1]
     expected = torch.stack([t5_states(pipe, text, 256) for text in CONCEPTS])
     torch.testing.assert_close(states, expected, rtol=0, atol=1e-6)
-    shorter, _ = BACKBONE.encode(pipe, CONCEPTS, 16)
+    shorter, counts = BACKBONE.encode(pipe, [*CONCEPTS, "dog " * 20], 16)
+    assert counts == [1, 2, 1, 15]
     torch.testing.assert_close(shorter[1], t5_states(pipe, "red rock", 16), rtol=0, atol=1e-6)
 
 

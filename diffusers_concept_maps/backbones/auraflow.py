@@ -1,0 +1,201 @@
+"""AuraFlow.
+
+Joint attention over text and image, text first and without positions, in blocks with projections of its own for text
+and then in single blocks, which have one stream for both. Eight learned register tokens precede the text in the model:
+they are no part of the prompt, and concepts see them as little as they see the prompt. Concepts are carried through
+the single blocks as well, as streams of their own.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+from diffusers.models.attention_processor import Attention, AuraFlowAttnProcessor2_0, FusedAuraFlowAttnProcessor2_0
+from torch import nn
+from torch.nn import functional
+
+from diffusers_concept_maps.backbones._base import Grid, JointBackbone, Site
+from diffusers_concept_maps.errors import ConceptMapsError
+from diffusers_concept_maps.processors._base import ConceptProcessor
+from diffusers_concept_maps.tokens import word_tokens
+
+if TYPE_CHECKING:
+    from diffusers_concept_maps.recorder import Recorder
+
+_REGISTERS = 8
+
+
+class AuraFlowBackbone(JointBackbone):
+    """AuraFlow; its layers are the blocks with a text stream, then the single ones."""
+
+    transformer_classes: ClassVar[tuple[str, ...]] = ("AuraFlowTransformer2DModel",)
+
+    def sites(self, transformer: Any) -> list[Site]:
+        """See `Backbone.sites`."""
+        blocks = (*transformer.joint_transformer_blocks, *transformer.single_transformer_blocks)
+        return [Site(block, block.attn) for block in blocks]
+
+    def heads(self, transformer: Any) -> int:
+        """See `Backbone.heads`."""
+        return int(transformer.config.num_attention_heads)
+
+    def text_width(self, transformer: Any) -> int:
+        """See `Backbone.text_width`."""
+        return int(transformer.config.joint_attention_dim)
+
+    def encode(self, pipe: Any, texts: list[str], length: int | None) -> tuple[torch.Tensor, list[int]]:
+        """See `Backbone.encode`; padding is masked in the encoder."""
+        if getattr(pipe, "tokenizer", None) is None or getattr(pipe, "text_encoder", None) is None:
+            raise ConceptMapsError(
+                f"this {type(pipe).__name__} has no tokenizer or text encoder to encode the concepts with; "
+                f"pass concept_embeds instead"
+            )
+        start = pipe.tokenizer(texts[0], return_special_tokens_mask=True).special_tokens_mask.index(0)
+        limit, length = 256 - start if length is None else None, length or 256
+        counts = [min(word_tokens(pipe.tokenizer, text, limit), length - start - 1) for text in texts]
+        # Dropout of a text encoder that is being trained would draw from the global random state.
+        with torch.no_grad(), torch.random.fork_rng(enabled=pipe.text_encoder.training):
+            states, *_ = pipe.encode_prompt(texts, do_classifier_free_guidance=False, max_sequence_length=length)
+        return states[:, start:], counts
+
+    def grid(self, transformer: Any, call: Mapping[str, Any]) -> Grid:
+        """See `Backbone.grid`; latents are `[batch, channel, height, width]`."""
+        _, _, height, width = call["hidden_states"].shape
+        patch = int(transformer.config.patch_size)
+        return Grid(1, height // patch, width // patch)
+
+    def timesteps(self, scheduled: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """See `Backbone.timesteps`; a thousandth, rounded at the end."""
+        return (scheduled / 1000).to(dtype)
+
+    def text_tokens(self, block: nn.Module, arguments: Mapping[str, Any], call: Mapping[str, Any]) -> int:
+        """See `JointBackbone.text_tokens`."""
+        return _REGISTERS + self.text_length(call)
+
+    def enter(
+        self, transformer: Any, embeds: torch.Tensor, like: torch.Tensor, call: Mapping[str, Any], rows: slice
+    ) -> torch.Tensor:
+        """See `JointBackbone.enter`."""
+        return cast(torch.Tensor, transformer.context_embedder(embeds.to(like)))
+
+    def reentry(
+        self, block: nn.Module, arguments: Mapping[str, Any], concepts: torch.Tensor, rows: slice
+    ) -> dict[str, Any]:
+        """See `JointBackbone.reentry`; concepts are the only stream of a single block."""
+        temb = arguments["temb"][rows]
+        if "encoder_hidden_states" not in arguments:
+            return {"hidden_states": concepts, "temb": temb}
+        empty = concepts.new_empty(concepts.shape[0], 0, concepts.shape[2])
+        return {"hidden_states": empty, "encoder_hidden_states": concepts, "temb": temb}
+
+    def leave(self, block: nn.Module, block_output: Any) -> torch.Tensor:
+        """See `JointBackbone.leave`; a block returns text, then image, and a single one its stream."""
+        return cast(torch.Tensor, block_output[0] if isinstance(block_output, tuple) else block_output)
+
+
+_Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class _AuraFlowProcessor(ConceptProcessor, ABC):
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Attention of `[text | image]`: text and image apart in and out, or one stream that holds both."""
+        recorder, text_states = self.recorder, encoder_hidden_states
+        if recorder is None or not recorder.records(attn):
+            stock: Any = super()
+            return stock.__call__(attn, hidden_states, text_states, *args, **kwargs)
+        if recorder.answering:
+            return self._answer(recorder, attn, hidden_states, text_states)
+        heads = self._project(attn, hidden_states)
+        if text_states is not None:
+            parts = zip(self._project_text(attn, text_states), heads, strict=True)
+            heads = cast(_Heads, tuple(torch.cat(part, dim=1) for part in parts))
+        query, key, value = (tensor.transpose(1, 2) for tensor in heads)
+        output = functional.scaled_dot_product_attention(
+            query, key, value, dropout_p=0.0, scale=attn.scale, is_causal=False
+        )
+        states = _join_heads(output).to(query.dtype)
+        count = recorder.text_tokens(attn)
+        result: Any
+        if text_states is None:
+            result = _finish(attn, states)
+        else:
+            result = _finish(attn, states[:, count:]), attn.to_add_out(states[:, :count])
+        text = slice(_REGISTERS, count)
+        recorder.observe(attn, query, key, value, output, text=text, image=slice(count, None))
+        return result
+
+    def _answer(
+        self, recorder: Recorder, attn: Attention, hidden_states: torch.Tensor, text_states: torch.Tensor | None
+    ) -> Any:
+        """Attention of concepts, which are the text beside an empty image, or the one stream."""
+        single = text_states is None
+        heads = self._project(attn, hidden_states) if single else self._project_text(attn, text_states)
+        states = _join_heads(recorder.answer(*(tensor.transpose(1, 2) for tensor in heads)))
+        return _finish(attn, states) if single else (hidden_states, attn.to_add_out(states))
+
+    def _project(self, attn: Attention, states: torch.Tensor) -> _Heads:
+        """Query, key and value `[batch, S, H, D]` of image, or of one stream."""
+        query, key, value = (_split_heads(attn, part) for part in self._linear(attn, states))
+        return attn.norm_q(query), attn.norm_k(key), value
+
+    def _project_text(self, attn: Attention, states: torch.Tensor) -> _Heads:
+        """The same of text that is apart."""
+        query, key, value = (_split_heads(attn, part) for part in self._text_linear(attn, states))
+        return attn.norm_added_q(query), attn.norm_added_k(key), value
+
+    @abstractmethod
+    def _linear(self, attn: Attention, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Linear projections of image, or of one stream."""
+
+    @abstractmethod
+    def _text_linear(self, attn: Attention, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Linear projections of text that is apart."""
+
+
+class ConceptAuraFlowAttnProcessor2_0(_AuraFlowProcessor, AuraFlowAttnProcessor2_0):
+    """Drop-in for `AuraFlowAttnProcessor2_0`."""
+
+    stock: ClassVar[type | None] = AuraFlowAttnProcessor2_0
+
+    def _linear(self, attn: Attention, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return attn.to_q(states), attn.to_k(states), attn.to_v(states)
+
+    def _text_linear(self, attn: Attention, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return attn.add_q_proj(states), attn.add_k_proj(states), attn.add_v_proj(states)
+
+
+class ConceptFusedAuraFlowAttnProcessor2_0(_AuraFlowProcessor, FusedAuraFlowAttnProcessor2_0):
+    """Drop-in for `FusedAuraFlowAttnProcessor2_0`, which `fuse_qkv_projections` puts in."""
+
+    stock: ClassVar[type | None] = FusedAuraFlowAttnProcessor2_0
+
+    def _linear(self, attn: Attention, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return cast("tuple[torch.Tensor, ...]", attn.to_qkv(states).chunk(3, -1))
+
+    def _text_linear(self, attn: Attention, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return cast("tuple[torch.Tensor, ...]", attn.to_added_qkv(states).chunk(3, -1))
+
+
+def _split_heads(attn: Attention, states: torch.Tensor) -> torch.Tensor:
+    return states.view(states.shape[0], states.shape[1], attn.heads, -1)
+
+
+def _join_heads(output: torch.Tensor) -> torch.Tensor:
+    return output.transpose(1, 2).reshape(output.shape[0], output.shape[2], -1)
+
+
+def _finish(attn: Attention, states: torch.Tensor) -> torch.Tensor:
+    return cast(torch.Tensor, attn.to_out[1](attn.to_out[0](states)))
+
+
+BACKBONE = AuraFlowBackbone()
