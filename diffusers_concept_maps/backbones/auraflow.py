@@ -138,10 +138,9 @@ class _AuraFlowProcessor(ConceptProcessor, ABC):
         self, recorder: Recorder, attn: Attention, hidden_states: torch.Tensor, text_states: torch.Tensor | None
     ) -> Any:
         """Attention of concepts, which are the text beside an empty image, or the one stream."""
-        single = text_states is None
-        heads = self._project(attn, hidden_states) if single else self._project_text(attn, text_states)
+        heads = self._project(attn, hidden_states) if text_states is None else self._project_text(attn, text_states)
         states = _join_heads(recorder.answer(*(tensor.transpose(1, 2) for tensor in heads)))
-        return _finish(attn, states) if single else (hidden_states, attn.to_add_out(states))
+        return _finish(attn, states) if text_states is None else (hidden_states, attn.to_add_out(states))
 
     def _project(self, attn: Attention, states: torch.Tensor) -> _Heads:
         """Query, key and value `[batch, S, H, D]` of image, or of one stream."""

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from backbones._case import Case, Inputs, append_to_text, randomize, seeded
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
@@ -132,3 +133,83 @@ def shaken_pipeline(rope: bool = True) -> CogVideoXPipeline:
     pipe = make_pipeline(rope=rope)
     shake(pipe.transformer)
     return pipe
+
+
+def make_random(**config: Any) -> CogVideoXTransformer3DModel:
+    return randomize(make_transformer(**config))
+
+
+def make_sincos() -> CogVideoXTransformer3DModel:
+    return make_random(rope=False)
+
+
+def make_fused() -> CogVideoXTransformer3DModel:
+    transformer = make_random()
+    transformer.fuse_qkv_projections()
+    return transformer
+
+
+def make_15() -> CogVideoXTransformer3DModel:
+    return make_random(patch_size_t=2)
+
+
+def make_learned() -> CogVideoXTransformer3DModel:
+    """With a table of positions in which those of text are not zero."""
+    transformer = make_random(use_learned_positional_embeddings=True)
+    table = transformer.patch_embed.pos_embedding
+    table[:, :TEXT_LENGTH] = seeded(1, TEXT_LENGTH, table.shape[2], seed=3)
+    return transformer
+
+
+def inputs(batch: int, text: int, seed: int, frames: int = 3, tokens: int = 45) -> Inputs:
+    angles = seeded(tokens, 8, seed=seed + 2).repeat_interleave(2, dim=1)
+    return {
+        "hidden_states": seeded(batch, frames, 4, SIZE["height"] // 8, SIZE["width"] // 8, seed=seed),
+        "encoder_hidden_states": seeded(batch, text, 32, seed=seed + 1),
+        "timestep": torch.full((batch,), 500),
+        "image_rotary_emb": (angles.cos(), angles.sin()),
+    }
+
+
+def sincos_inputs(batch: int, text: int, seed: int) -> Inputs:
+    return inputs(batch, text, seed) | {"image_rotary_emb": None}
+
+
+def inputs_15(batch: int, text: int, seed: int) -> Inputs:
+    return inputs(batch, text, seed, frames=4, tokens=30)
+
+
+@contextmanager
+def join_in_table(transformer: Any, inputs: Inputs, embeds: torch.Tensor) -> Iterator[Inputs]:
+    """Concepts join the text, each at the place that the table of positions has for the first text token."""
+    embed, count = transformer.patch_embed, embeds.shape[0]
+    table = embed.pos_embedding
+    own = table[:, :1].expand(-1, count, -1)
+    embed.pos_embedding = torch.cat([table[:, :TEXT_LENGTH], own, table[:, TEXT_LENGTH:]], 1)
+    try:
+        with append_to_text(transformer, inputs, embeds) as joined:
+            yield joined
+    finally:
+        embed.pos_embedding = table
+
+
+def make_random_pipeline() -> CogVideoXPipeline:
+    pipe = make_pipeline()
+    randomize(pipe.transformer)
+    return pipe
+
+
+def call_each(pipe: CogVideoXPipeline, prompts: list[str], num_videos_per_prompt: int = 1, **options: Any) -> Any:
+    """The stock pipeline makes one video of a prompt whatever it is asked for."""
+    return call(pipe, [prompt for prompt in prompts for _ in range(num_videos_per_prompt)], **options)
+
+
+SHARED: dict[str, Any] = {"image_first": False, "layers": 3, "text_width": 32}
+TABLE: dict[str, Any] = SHARED | {"text_lengths": (TEXT_LENGTH,), "joining": join_in_table}
+CASES = (
+    Case("CogVideoX", make_random, inputs, GRID, **SHARED, pipeline=make_random_pipeline, call=call_each),
+    Case("CogVideoX fused", make_fused, inputs, GRID, **SHARED),
+    Case("CogVideoX 1.5", make_15, inputs_15, (2, 3, 5), **SHARED),
+    Case("CogVideoX sin-cos", make_sincos, sincos_inputs, GRID, **TABLE),
+    Case("CogVideoX learned", make_learned, inputs, GRID, **TABLE),
+)
