@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from diffusers_concept_maps.errors import ConceptMapsValueError
 from diffusers_concept_maps.methods import Rules
@@ -25,6 +25,9 @@ class Parity:
             concepts that are not padded; the z-score of a single concept is then not a number.
         crossing: `rules` for models with cross-attention, of which there is official code for words of the prompt
             alone; empty where there is none.
+        pooled: concepts are modulated by the prompt's pooled text vector, where the model has one; False puts zeros in
+            its place.
+        concept_length: tokens that the text of a concept is padded to; None is what suits the model.
     """
 
     name: str
@@ -33,6 +36,8 @@ class Parity:
     softmax_again: bool
     padded: bool = True
     crossing: Mapping[str, Rules] = field(default_factory=dict)
+    pooled: bool = True
+    concept_length: int | None = 16
 
 
 IMAP = Parity(
@@ -75,14 +80,29 @@ softmax over concepts includes padding and the concepts do not sum to 1; unscale
 Not reproduced: the second softmax that its pipeline applies to cross-attention maps.
 """
 
-TOKEN_POLICY, CONCEPT_LENGTH = "first", 16
-"""How official codes embed a concept: its first sub-word, padded to so many tokens."""
+FLUX_CONCEPT_ATTENTION = replace(
+    CONCEPT_ATTENTION, rules={"concept_attention": Rules()}, padded=False, pooled=False, concept_length=None
+)
+"""ConceptAttention (arXiv 2502.04320), its published code for FLUX.1; `parity="concept_attention"` there.
+
+Turns on: the first sub-word of a concept, padded to the prompt's length; a pooled text vector of zeros in the
+modulation of the concepts; nothing on the text axis but the concepts.
+
+Not reproduced: its cross-attention maps, which compare image queries with concept queries.
+"""
+
+TOKEN_POLICY = "first"
+"""How official codes embed a concept: by its first sub-word."""
 
 _PARITIES = {parity.name: parity for parity in (IMAP, CONCEPT_ATTENTION)}
 
 
-def find_parity(name: str | Parity | None) -> Parity | None:
+def find_parity(name: str | Parity | None, own: Mapping[str, Parity]) -> Parity | None:
     """The switch of that name, None for none; a `Parity` is itself.
+
+    Args:
+        name: as in `parity=`.
+        own: switches of that name that are others for the model family.
 
     Raises:
         ConceptMapsValueError: there is no such switch.
@@ -91,4 +111,4 @@ def find_parity(name: str | Parity | None) -> Parity | None:
         return name
     if name not in _PARITIES:
         raise ConceptMapsValueError(f"unknown parity {name!r}; expected None or one of {', '.join(sorted(_PARITIES))}")
-    return _PARITIES[name]
+    return own.get(name, _PARITIES[name])

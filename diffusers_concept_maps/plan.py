@@ -17,7 +17,7 @@ from diffusers_concept_maps.detail import check_axes
 from diffusers_concept_maps.errors import ConceptMapsValueError
 from diffusers_concept_maps.heads import HeadSelection
 from diffusers_concept_maps.methods import SPACES, Method, Rules, find_method
-from diffusers_concept_maps.parity import CONCEPT_LENGTH, TOKEN_POLICY, Parity, find_parity
+from diffusers_concept_maps.parity import TOKEN_POLICY, Parity, find_parity
 from diffusers_concept_maps.prompt import PromptTokens
 from diffusers_concept_maps.stream import READS
 
@@ -177,7 +177,7 @@ def make_plan(
     pipe: Any | None, transformer: Any, backbone: Backbone, concepts: Sequence[str] | None, request: Request
 ) -> CapturePlan:
     """Resolve the arguments of `trace`; see there for their meaning and for what is raised."""
-    parity = find_parity(request.parity)
+    parity = find_parity(request.parity, backbone.parities)
     request = replace(request, layers=_once(request.layers), steps=_once(request.steps), heads=_once(request.heads))
     method_names = _check_methods(request.methods)
     _check_choices(request, method_names)
@@ -195,7 +195,7 @@ def make_plan(
     embeds, policy = request.concept_embeds, None
     if embeds is None and prompt is None:
         assert names is not None  # only a prompt names its words later
-        policy, length = (TOKEN_POLICY, CONCEPT_LENGTH) if parity else (request.token_policy, None)
+        policy, length = (TOKEN_POLICY, parity.concept_length) if parity else (request.token_policy, None)
         embeds = encode_concepts(backbone, pipe, names, policy, length)
     return CapturePlan(
         concepts=names,

@@ -301,6 +301,7 @@ class Recorder:
                 current.multiplicity = torch.ones(embeds.shape[1], device=embeds.device)
                 current.multiplicity[-1] = padding
         weights, reads, backbone = current.multiplicity, self._plan.reads, self._backbone
+        pooled = self._plan.parity is None or self._plan.parity.pooled
         model, call = current.transformer, current.call
         if isinstance(backbone, CrossBackbone):
             current.fixed = FixedConcepts(backbone, model, embeds, current.rows, call=call)
@@ -310,7 +311,7 @@ class Recorder:
         else:
             assert isinstance(backbone, JointBackbone)
             current.stream = ConceptStream(
-                backbone, model, embeds, current.rows, call=call, multiplicity=weights, reads=reads
+                backbone, model, embeds, current.rows, call=call, multiplicity=weights, reads=reads, pooled=pooled
             )
 
     @staticmethod

@@ -45,6 +45,7 @@ class ConceptStream:
         call: Mapping[str, Any],
         multiplicity: torch.Tensor | None,
         reads: str,
+        pooled: bool,
     ) -> None:
         """Assign only.
 
@@ -56,6 +57,7 @@ class ConceptStream:
             call: what the transformer was called with, by name.
             multiplicity: float `[concept]`, how many equal concepts each one stands for; None is one each.
             reads: one of `READS`.
+            pooled: whether the prompt's pooled text vector modulates the concepts; see `Parity.pooled`.
         """
         self.answering = False
         self._backbone = backbone
@@ -65,6 +67,7 @@ class ConceptStream:
         self._call = call
         self._multiplicity = multiplicity
         self._reads = reads
+        self._pooled = pooled
         self._concepts: torch.Tensor | None = None
         self._image: tuple[torch.Tensor, torch.Tensor] | None = None
         self._answered: Heads | None = None
@@ -86,6 +89,8 @@ class ConceptStream:
         if self._concepts is None:
             like = arguments["hidden_states"]
             self._concepts = self._backbone.enter(self._transformer, self._embeds, like, self._call, self._rows)
+        if not self._pooled:
+            arguments = self._backbone.unpooled(self._transformer, arguments, self._call)
         nested = self._backbone.reentry(site.block, arguments, self._concepts, self._rows)
         # Caches patch `forward` of attention modules in the instance; the nested call must not reach their state.
         attentions = (site.attention, *site.others)

@@ -124,6 +124,24 @@ def test_several_videos_of_every_prompt_follow_one_another() -> None:
     assert "encode_prompt" not in pipeline().__dict__
 
 
+@pytest.mark.parametrize(("handed", "found"), [(ROCKET, [6]), (QUOTED, [3]), (None, [3])])
+def test_several_prompts_before_a_run(handed: str | None, found: list[int]) -> None:
+    """The one whose embeddings the transformer is handed; the last, as guidance is batched, where they are unknown."""
+    words = PromptTokens(pipeline(), BACKBONE, ("dog",), None, official=False)
+    words.listen()
+    try:
+        states = {
+            prompt: pipeline().encode_prompt(prompt, max_sequence_length=tiny.TEXT_LENGTH)[0]
+            for prompt in (ROCKET, QUOTED)
+        }
+        text = states[handed] if handed else torch.zeros(1, tiny.TEXT_LENGTH, 32)
+        rows = words.rows(1, tiny.TEXT_LENGTH, torch.device("cpu"), text)
+    finally:
+        words.stop()
+    assert rows.indices is not None
+    assert rows.indices.tolist() == found
+
+
 def test_nothing_is_left_in_the_pipeline() -> None:
     pipe = pipeline()
     call(pipe)  # a run sets attributes of the pipeline's own

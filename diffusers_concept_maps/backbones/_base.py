@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from diffusers_concept_maps.heads import HeadSelection
+from diffusers_concept_maps.parity import Parity
 from diffusers_concept_maps.tokens import token_spans
 
 
@@ -86,6 +87,7 @@ class Backbone(ABC):
         presets: one per known checkpoint.
         batched_guidance: the family's pipelines run both guidance branches as one batch, the unconditional half first;
             False if each has a forward pass of its own, the conditional one first.
+        parities: switches of `parity=` that are others for this family, by name.
         prompt_arguments: of `encode_prompt`, what it may be given as the text whose tokens are the text stream; the
             first that is given is it.
     """
@@ -93,6 +95,7 @@ class Backbone(ABC):
     transformer_classes: ClassVar[tuple[str, ...]]
     presets: ClassVar[tuple[Preset, ...]] = ()
     batched_guidance: ClassVar[bool] = True
+    parities: ClassVar[Mapping[str, Parity]] = {}
     prompt_arguments: ClassVar[tuple[str, ...]] = ("prompt",)
 
     @abstractmethod
@@ -206,6 +209,16 @@ class JointBackbone(Backbone):
             call: what the transformer was called with, likewise.
         """
         return self.text_length(call)
+
+    def unpooled(self, transformer: Any, arguments: Mapping[str, Any], call: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Arguments of a block as they are without the prompt's pooled text vector; see `Parity.pooled`.
+
+        Args:
+            transformer: the model.
+            arguments: what the block was called with, by name.
+            call: what the transformer was called with, likewise.
+        """
+        return arguments
 
     @abstractmethod
     def reentry(
