@@ -1,0 +1,222 @@
+"""FLUX.1 in all its checkpoints: dev, schnell, Krea, Kontext, Fill, Canny and Depth, with or without a ControlNet.
+
+Joint attention over text and image, text first: blocks with projections of their own for text, then blocks with shared
+ones, in which attention and feed-forward run side by side. Concepts are carried through both; both are layers. Text is
+T5's and has position zero; the pooled vector of CLIP modulates it, and the concepts likewise. The reference image of
+Kontext is behind the image that is made, and left out of the maps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+from torch import nn
+
+from diffusers_concept_maps.backbones._base import Grid, JointBackbone, Preset, Site
+from diffusers_concept_maps.errors import ConceptMapsError
+from diffusers_concept_maps.parity import CONCEPT_ATTENTION, FLUX_CONCEPT_ATTENTION, Parity
+from diffusers_concept_maps.processors._base import ConceptProcessor
+from diffusers_concept_maps.tokens import token_spans, word_tokens
+
+_SIZE = {"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24, "in_channels": 64}
+_LAYERS = {"concept_attention": (15, 16, 17, 18)}
+_PUBLISHED = "default layers of the pipeline published with ConceptAttention (arXiv 2502.04320); all steps, as there"
+
+
+class FluxBackbone(JointBackbone):
+    """All pipelines around `FluxTransformer2DModel`.
+
+    The preset of dev is that of Krea and Kontext as well, which have the same config.
+    """
+
+    transformer_classes: ClassVar[tuple[str, ...]] = ("FluxTransformer2DModel",)
+    batched_guidance: ClassVar[bool] = False
+    parities: ClassVar[Mapping[str, Parity]] = {CONCEPT_ATTENTION.name: FLUX_CONCEPT_ATTENTION}
+    prompt_arguments: ClassVar[tuple[str, ...]] = ("prompt_2", "prompt")
+    presets: ClassVar[tuple[Preset, ...]] = (
+        Preset(name="FLUX.1-dev", source=_PUBLISHED, config={**_SIZE, "guidance_embeds": True}, layers=_LAYERS),
+        Preset(name="FLUX.1-schnell", source=_PUBLISHED, config={**_SIZE, "guidance_embeds": False}, layers=_LAYERS),
+    )
+
+    def sites(self, transformer: Any) -> list[Site]:
+        """See `Backbone.sites`."""
+        blocks = (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
+        return [Site(block, block.attn) for block in blocks]
+
+    def heads(self, transformer: Any) -> int:
+        """See `Backbone.heads`."""
+        return int(transformer.config.num_attention_heads)
+
+    def text_width(self, transformer: Any) -> int:
+        """See `Backbone.text_width`."""
+        return int(transformer.config.joint_attention_dim)
+
+    def encode(self, pipe: Any, texts: list[str], length: int | None) -> tuple[torch.Tensor, list[int]]:
+        """See `Backbone.encode`.
+
+        T5 runs without a mask in these pipelines, so that padding shapes every state: concepts are padded to the
+        length that the checkpoint was trained with, as prompts are.
+        """
+        if None in (pipe.text_encoder, pipe.text_encoder_2, pipe.tokenizer_2):
+            raise ConceptMapsError(
+                f"this {type(pipe).__name__} lacks CLIP, T5 or its tokenizer to encode the concepts with; pass "
+                f"concept_embeds instead"
+            )
+        length = length or (512 if pipe.transformer.config.guidance_embeds else 256)
+        counts = [word_tokens(pipe.tokenizer_2, text, length) for text in texts]
+        draws = pipe.text_encoder.training or pipe.text_encoder_2.training
+        with torch.no_grad(), torch.random.fork_rng(enabled=draws):
+            states, *_ = pipe.encode_prompt(texts, None, max_sequence_length=length)
+        return states, counts
+
+    def token_spans(self, pipe: Any, prompt: str, length: int) -> list[tuple[int, int]]:
+        """See `Backbone.token_spans`; the tokens of T5."""
+        return token_spans(pipe.tokenizer_2, prompt, length)
+
+    def timesteps(self, scheduled: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """See `Backbone.timesteps`."""
+        return scheduled.to(dtype) / 1000
+
+    def grid(self, transformer: Any, call: Mapping[str, Any]) -> Grid:
+        """See `Backbone.grid`; latents are packed, and only the positions of the tokens tell their rows."""
+        return grid_of(call["img_ids"])
+
+    def enter(
+        self, transformer: Any, embeds: torch.Tensor, like: torch.Tensor, call: Mapping[str, Any], rows: slice
+    ) -> torch.Tensor:
+        """See `JointBackbone.enter`."""
+        return cast(torch.Tensor, transformer.context_embedder(embeds.to(like)))
+
+    def unpooled(self, transformer: Any, arguments: Mapping[str, Any], call: Mapping[str, Any]) -> Mapping[str, Any]:
+        """See `JointBackbone.unpooled`."""
+        given = [call["timestep"], call.get("guidance")]
+        scaled = [value.to(arguments["hidden_states"].dtype) * 1000 for value in given if value is not None]
+        pooled = torch.zeros_like(call["pooled_projections"])
+        return {**arguments, "temb": transformer.time_text_embed(*scaled, pooled)}
+
+    def reentry(
+        self, block: nn.Module, arguments: Mapping[str, Any], concepts: torch.Tensor, rows: slice
+    ) -> dict[str, Any]:
+        """See `JointBackbone.reentry`; concepts have the position of the first text token."""
+        batch = arguments["hidden_states"].shape[0]
+        return {
+            "hidden_states": concepts.new_empty(concepts.shape[0], 0, concepts.shape[2]),
+            "encoder_hidden_states": concepts,
+            "temb": arguments["temb"].expand(batch, -1)[rows],
+            "image_rotary_emb": first_position(arguments["image_rotary_emb"]),
+        }
+
+    def leave(self, block: nn.Module, block_output: Any) -> torch.Tensor:
+        """See `JointBackbone.leave`; a block returns text, then image."""
+        return cast(torch.Tensor, block_output[0])
+
+
+def grid_of(ids: torch.Tensor, start: int = 0) -> Grid:
+    """The grid whose tokens, from `start` on, have positions of the same image.
+
+    Args:
+        ids: positions of the image tokens `[token, axis]` or `[batch, token, axis]`: image, row, column.
+        start: tokens in front of it.
+    """
+    image, row = (ids if ids.ndim == 2 else ids[0])[start:, :2].unbind(-1)
+    own = image == image[0]
+    # Counted: half precision has large positions rounded, but not the first two rows.
+    count, width = torch.stack([own.sum(), (own & (row == row[0])).sum()]).tolist()
+    return Grid(1, count // width, width, start)
+
+
+def first_position(rotary: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rotary embedding `[1, D]` of the first text token, which stands for that of every concept."""
+    cos, sin = rotary
+    return cos[:1], sin[:1]
+
+
+class StreamsProcessor(ConceptProcessor):
+    """Drop-in for attention over `[text | image]` whose heads are `[batch, token, head, width]`, fused or not."""
+
+    _attention_backend: Any
+    _parallel_config: Any
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> Any:
+        """Image `[batch, N, width]` and text `[batch, T, width]` in, the same out; without text, both as one."""
+        recorder, text = self.recorder, encoder_hidden_states
+        if recorder is None or not recorder.records(attn):
+            stock: Any = super()
+            return stock.__call__(attn, hidden_states, text, attention_mask, image_rotary_emb)
+        if recorder.answering:
+            own = _project(attn, hidden_states) if text is None else _project_text(attn, text)
+            answer = recorder.answer(*(tensor.transpose(1, 2) for tensor in _turn(own, image_rotary_emb)))
+            states = answer.transpose(1, 2).flatten(2, 3)
+            return states if text is None else (hidden_states, attn.to_add_out(states))
+        joint = _project(attn, hidden_states)
+        if text is not None:
+            joint = [torch.cat(pair, dim=1) for pair in zip(_project_text(attn, text), joint, strict=True)]
+        query, key, value = _turn(joint, image_rotary_emb)
+        output = dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        count = recorder.text_tokens(attn) if text is None else text.shape[1]
+        states = output.flatten(2, 3).to(query.dtype)
+        result = states if text is None else self.finish(attn, states[:, count:], states[:, :count])
+        heads = (tensor.transpose(1, 2) for tensor in (query, key, value, output))
+        recorder.observe(attn, *heads, text=slice(0, count), image=slice(count, None))
+        return result
+
+    def finish(self, attn: Any, image: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output projections of image and text, which are parts of one tensor, in the stock memory layout."""
+        image, text = image.contiguous(), text.contiguous()
+        return attn.to_out[1](attn.to_out[0](image)), attn.to_add_out(text)
+
+
+class ConceptFluxAttnProcessor(StreamsProcessor, FluxAttnProcessor):
+    """Drop-in for `FluxAttnProcessor`, in its order of operations; also after `fuse_qkv_projections`."""
+
+    stock: ClassVar[type | None] = FluxAttnProcessor
+
+
+def _project(attn: Any, states: torch.Tensor) -> list[torch.Tensor]:
+    """Query, key and value of the image, or of everything in a block with one stream."""
+    if attn.fused_projections:
+        linear = attn.to_qkv(states).chunk(3, dim=-1)
+    else:
+        linear = (attn.to_q(states), attn.to_k(states), attn.to_v(states))
+    query, key, value = (tensor.unflatten(-1, (-1, attn.head_dim)) for tensor in linear)
+    return [attn.norm_q(query), attn.norm_k(key), value]
+
+
+def _project_text(attn: Any, states: torch.Tensor) -> list[torch.Tensor]:
+    """Query, key and value of a text stream."""
+    if attn.fused_projections:
+        linear = attn.to_added_qkv(states).chunk(3, dim=-1)
+    else:
+        linear = (attn.add_q_proj(states), attn.add_k_proj(states), attn.add_v_proj(states))
+    query, key, value = (tensor.unflatten(-1, (-1, attn.head_dim)) for tensor in linear)
+    return [attn.norm_added_q(query), attn.norm_added_k(key), value]
+
+
+def _turn(heads: list[torch.Tensor], rotary: tuple[torch.Tensor, torch.Tensor] | None) -> list[torch.Tensor]:
+    """Query, key and value with the rotary embedding in the first two."""
+    if rotary is None:
+        return heads
+    query, key, value = heads
+    return [apply_rotary_emb(tensor, rotary, sequence_dim=1) for tensor in (query, key)] + [value]
+
+
+BACKBONE = FluxBackbone()
