@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import diffusers
 import pytest
 import torch
 from backbones import tiny_flux as tiny
+from backbones._run import METHODS, check_run, recorded, word_maps
 from backbones.golden_flux import Golden
 from diffusers import FluxControlNetModel
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
@@ -21,7 +21,6 @@ import diffusers_concept_maps as dcm
 from diffusers_concept_maps.backbones.flux import BACKBONE, grid_of
 from diffusers_concept_maps.parity import FLUX_CONCEPT_ATTENTION
 
-METHODS = ("concept_attention", "cross_attention", "gramcol", "imap")
 EMBEDS = torch.randn(3, tiny.WIDTH, generator=torch.Generator().manual_seed(99))
 IMAGE = torch.rand(1, 3, 20, 12, generator=torch.Generator().manual_seed(5))
 MASK = (torch.rand(1, 1, 20, 12, generator=torch.Generator().manual_seed(6)) > 0.5).float()
@@ -43,38 +42,8 @@ def pipeline(name: str = "FluxPipeline", controlled: bool = False, channels: int
     return pipe
 
 
-@contextmanager
-def recorded(transformer: Any) -> Iterator[list[dict[str, Any]]]:
-    calls: list[dict[str, Any]] = []
-
-    def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append({name: value for name, value in kwargs.items() if name != "return_dict"})
-
-    hook = transformer.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        yield calls
-    finally:
-        hook.remove()
-
-
-def check(pipe: Any, run: Callable[[], torch.Tensor], passes: int, step: int = 1) -> dict[str, Any]:
-    """Frames are the stock ones, and maps of a step and branch those of the transformer's own call.
-
-    Returns:
-        The last of these calls.
-    """
-    frames = run()
-    for index, branch in enumerate(("cond", "uncond")[:passes]):
-        capture = dcm.trace(pipe, concept_embeds=EMBEDS, methods=METHODS, steps=[step], branch=branch)
-        with recorded(pipe.transformer) as calls, capture as maps:
-            assert torch.equal(run(), frames)
-        call = calls[passes * step + index]
-        with torch.no_grad(), dcm.trace(pipe.transformer, concept_embeds=EMBEDS, methods=METHODS) as expected:
-            pipe.transformer(**call)
-        for method in METHODS:
-            assert maps.get(method).shape == (1, 3, 1, 5, 3)
-            assert torch.equal(maps.get(method), expected.get(method))
-    return call
+def check(pipe: Any, run: Callable[[], torch.Tensor], passes: int) -> dict[str, Any]:
+    return check_run(pipe, run, EMBEDS, (1, 5, 3), passes)
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -211,13 +180,6 @@ def test_a_concept_that_is_too_long() -> None:
         dcm.capture.attach(tiny.make_pipeline(), [" ".join(["dog"] * 512)])
 
 
-def word_maps(pipe: Any, words: dict[str, list[int]], call: dict[str, Any]) -> torch.Tensor:
-    """Maps of words of a prompt by their positions, from what the transformer was called with."""
-    with torch.no_grad(), dcm.trace(pipe.transformer, target="prompt", prompt_tokens=words) as maps:
-        pipe.transformer(**call)
-    return maps.get()
-
-
 @pytest.mark.parametrize("guided", [False, True])
 def test_words_of_the_prompt_and_not_of_the_negative_one(guided: bool) -> None:
     """Which this pipeline encodes last."""
@@ -225,7 +187,7 @@ def test_words_of_the_prompt_and_not_of_the_negative_one(guided: bool) -> None:
     for prompt, words in (("a red dog", {"red": [1], "dog": [2]}), ("dog on red", {"red": [2], "dog": [0]})):
         with dcm.trace(pipe, ["red", "dog"], target="prompt", steps=[0]) as maps, recorded(pipe.transformer) as calls:
             tiny.call(pipe, prompt, **options)
-        assert torch.equal(maps.get(), word_maps(pipe, words, calls[0]))
+        assert torch.equal(maps.get(), word_maps(pipe.transformer, words, calls[0]))
 
 
 def test_words_of_the_text_that_t5_is_given() -> None:
@@ -233,7 +195,7 @@ def test_words_of_the_text_that_t5_is_given() -> None:
     with dcm.trace(pipe, target="prompt", steps=[0]) as maps, recorded(pipe.transformer) as calls:
         tiny.call(pipe, "the beach", prompt_2="a red dog", negative_prompt="sky", true_cfg_scale=3.0)
     assert maps.concepts == ("a", "red", "dog")
-    assert torch.equal(maps.get(), word_maps(pipe, {"a": [0], "red": [1], "dog": [2]}, calls[0]))
+    assert torch.equal(maps.get(), word_maps(pipe.transformer, {"a": [0], "red": [1], "dog": [2]}, calls[0]))
 
 
 def test_two_runs_with_negative_prompts_in_one_capture() -> None:
