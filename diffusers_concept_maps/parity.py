@@ -28,6 +28,7 @@ class Parity:
         pooled: concepts are modulated by the prompt's pooled text vector, where the model has one; False puts zeros in
             its place.
         concept_length: tokens that the text of a concept is padded to; None is what suits the model.
+        quirks: concepts pass through a model with the quirks of this implementation's code for it.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Parity:
     crossing: Mapping[str, Rules] = field(default_factory=dict)
     pooled: bool = True
     concept_length: int | None = 16
+    quirks: bool = False
 
 
 IMAP = Parity(
@@ -55,15 +57,18 @@ IMAP = Parity(
         "gramcol": Rules(standardize="text", sum_heads=True),
         "imap": Rules(standardize="text"),
     },
+    quirks=True,
 )
-"""IMAP (arXiv 2603.02919), its published code for CogVideoX and, for words of the prompt, for Wan.
+"""IMAP (arXiv 2603.02919), its published code for CogVideoX, HunyuanVideo and, for words of the prompt, Wan.
 
 Turns on: the first sub-word of a concept, padded to 16; the text axis padded to the prompt's length; unscaled
 query-key logits; Gram columns z-scored over the padded text axis, per head, with unbiased deviation; `gramcol`
 summed over all heads, `imap` averaged over the chosen ones; `normalize="none"` by default, which is what its scripts
 run, and two softmaxes with `normalize="softmax"`. `target="prompt"` z-scores over all rows of the prompt, padding
-included, and a word is its first sub-word. With cross-attention (Wan), `cross_attention` is a softmax over the text
-in every head, of logits that are divided by `sqrt(D)` twice.
+included, and a word is its first sub-word. In HunyuanVideo, concepts are refined as one sequence, and a block adds to
+them not what they have read but what they were to read with; only its dual-stream blocks (the preset's layers) have
+official maps. With cross-attention (Wan), `cross_attention` is a softmax over the text in every head, of logits that
+are divided by `sqrt(D)` twice.
 """
 
 CONCEPT_ATTENTION = Parity(

@@ -73,6 +73,7 @@ class Recorder:
 
     Attributes:
         results: the maps so far.
+        quirks: see `Parity.quirks`.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Recorder:
             pipe: the pipeline; None for a bare transformer.
         """
         self.results = Results(plan)
+        self.quirks = plan.parity is not None and plan.parity.quirks
         self._plan = plan
         self._backbone = backbone
         self._sites = sites
@@ -301,17 +303,16 @@ class Recorder:
                 current.multiplicity = torch.ones(embeds.shape[1], device=embeds.device)
                 current.multiplicity[-1] = padding
         weights, reads, backbone = current.multiplicity, self._plan.reads, self._backbone
-        pooled = self._plan.parity is None or self._plan.parity.pooled
-        model, call = current.transformer, current.call
+        model, call, rows = current.transformer, current.call, current.rows
         if isinstance(backbone, CrossBackbone):
-            current.fixed = FixedConcepts(backbone, model, embeds, current.rows, call=call)
+            current.fixed = FixedConcepts(backbone, model, embeds, rows, call=call)
         elif joins:
             assert isinstance(backbone, JoiningBackbone)  # `check_one_pass` has looked
             current.joined = JoinedConcepts(backbone, model, embeds, call=call, multiplicity=weights, reads=reads)
         else:
             assert isinstance(backbone, JointBackbone)
             current.stream = ConceptStream(
-                backbone, model, embeds, current.rows, call=call, multiplicity=weights, reads=reads, pooled=pooled
+                backbone, model, embeds, rows, call=call, multiplicity=weights, reads=reads, parity=self._plan.parity
             )
 
     @staticmethod

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 
 from diffusers_concept_maps import ops
-from diffusers_concept_maps.backbones import CrossBackbone, JointBackbone, Site
+from diffusers_concept_maps.backbones import CrossBackbone, JointBackbone, Site, unpatched
+from diffusers_concept_maps.parity import Parity
 
 READS = ("both", "image", "concepts", "none")
 """What concept tokens attend to (ConceptAttention's ablation); "none" leaves each with its own value."""
@@ -45,7 +46,7 @@ class ConceptStream:
         call: Mapping[str, Any],
         multiplicity: torch.Tensor | None,
         reads: str,
-        pooled: bool,
+        parity: Parity | None,
     ) -> None:
         """Assign only.
 
@@ -57,7 +58,7 @@ class ConceptStream:
             call: what the transformer was called with, by name.
             multiplicity: float `[concept]`, how many equal concepts each one stands for; None is one each.
             reads: one of `READS`.
-            pooled: whether the prompt's pooled text vector modulates the concepts; see `Parity.pooled`.
+            parity: the official implementation to equal, None for none.
         """
         self.answering = False
         self._backbone = backbone
@@ -67,7 +68,7 @@ class ConceptStream:
         self._call = call
         self._multiplicity = multiplicity
         self._reads = reads
-        self._pooled = pooled
+        self._parity = parity
         self._concepts: torch.Tensor | None = None
         self._image: tuple[torch.Tensor, torch.Tensor] | None = None
         self._answered: Heads | None = None
@@ -87,27 +88,30 @@ class ConceptStream:
             What the concepts' attention was in this block.
         """
         if self._concepts is None:
-            like = arguments["hidden_states"]
-            self._concepts = self._backbone.enter(self._transformer, self._embeds, like, self._call, self._rows)
-        if not self._pooled:
+            self._concepts = self._enter(arguments["hidden_states"])
+        if self._parity is not None and not self._parity.pooled:
             arguments = self._backbone.unpooled(self._transformer, arguments, self._call)
         nested = self._backbone.reentry(site.block, arguments, self._concepts, self._rows)
-        # Caches patch `forward` of attention modules in the instance; the nested call must not reach their state.
-        attentions = (site.attention, *site.others)
-        patched = [attention.__dict__.pop("forward", None) for attention in attentions]
         self._image, self.answering = (image_key, image_value), True
         try:
             # Dropout of a block that is being trained draws for the concepts too.
-            with torch.random.fork_rng(_devices(image_key), enabled=site.block.training):
+            with (
+                unpatched((site.attention, *site.others)),
+                torch.random.fork_rng(_devices(image_key), enabled=site.block.training),
+            ):
                 self._concepts = self._backbone.leave(site.block, site.forward(site.block, **nested))
         finally:
             self._image, self.answering = None, False
-            for attention, forward in zip(attentions, patched, strict=True):
-                if forward is not None:
-                    attention.__dict__["forward"] = forward
         assert self._answered is not None  # the block's attention has called `answer`
         answered, self._answered = self._answered, None
         return answered
+
+    def _enter(self, like: torch.Tensor) -> torch.Tensor:
+        """The concepts before the first block."""
+        where = (self._transformer, self._embeds, like, self._call, self._rows)
+        if self._parity is not None and self._parity.quirks:
+            return self._backbone.enter_with_quirks(*where, self._multiplicity)
+        return self._backbone.enter(*where)
 
     def answer(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Attention of the concepts over what they read.

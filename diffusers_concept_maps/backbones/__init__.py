@@ -16,6 +16,7 @@ from diffusers_concept_maps.backbones._base import (
     JointBackbone,
     Preset,
     Site,
+    unpatched,
 )
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
 
@@ -32,6 +33,7 @@ __all__ = [
     "find_transformers",
     "register",
     "supported",
+    "unpatched",
 ]
 
 _BACKBONES: dict[str, Backbone] = {}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -13,6 +14,21 @@ from torch import nn
 from diffusers_concept_maps.heads import HeadSelection
 from diffusers_concept_maps.parity import Parity
 from diffusers_concept_maps.tokens import token_spans
+
+
+@contextmanager
+def unpatched(attentions: Sequence[nn.Module]) -> Iterator[None]:
+    """Within the context these modules run their class's `forward`.
+
+    Caches patch it in the instance; calls with concepts must not reach their state.
+    """
+    patched = [attention.__dict__.pop("forward", None) for attention in attentions]
+    try:
+        yield
+    finally:
+        for attention, forward in zip(attentions, patched, strict=True):
+            if forward is not None:
+                attention.__dict__["forward"] = forward
 
 
 @dataclass(frozen=True)
@@ -198,6 +214,28 @@ class JointBackbone(Backbone):
             call: arguments of the transformer by name, for projections that depend on the timestep.
             rows: the rows of the batch that the concepts belong to.
         """
+
+    def enter_with_quirks(
+        self,
+        transformer: Any,
+        embeds: torch.Tensor,
+        like: torch.Tensor,
+        call: Mapping[str, Any],
+        rows: slice,
+        multiplicity: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """As `enter`, in the way of official code where that has a quirk (`Parity.quirks`).
+
+        Args:
+            transformer: the model.
+            embeds: text encoder states `[row, concept, text_width]`.
+            like: the image stream before the first block `[batch, token, width]`, in the model's dtype and device.
+            call: arguments of the transformer by name.
+            rows: the rows of the batch that the concepts belong to.
+            multiplicity: float `[concept]`, how many equal concepts each one stands for, the last one for all padding;
+                None if there is no padding.
+        """
+        return self.enter(transformer, embeds, like, call, rows)
 
     def text_tokens(self, block: nn.Module, arguments: Mapping[str, Any], call: Mapping[str, Any]) -> int:
         """Number of text tokens in the joint sequence of a block.

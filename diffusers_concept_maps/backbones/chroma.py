@@ -1,6 +1,6 @@
 """Chroma, a FLUX.1 without CLIP: text is T5's alone, and modulation comes from the timestep.
 
-Attention is that of FLUX.1, with its processor. Blocks of one stream are handed text and image as one tensor. Attention
+Attention is that of FLUX.1, with its processor. Blocks of one stream are handed text and image as one tensor. It
 masks the padding of the prompt but for its first token; concepts see no mask. True guidance is in two passes.
 """
 

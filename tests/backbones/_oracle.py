@@ -59,7 +59,8 @@ def recorded_attention(case: Case, concepts: int) -> Iterator[list[Layer]]:
         noted = _has_concepts(case, query, key)
         if noted:
             logits = _hide(case, logits, concepts)
-        output = logits.softmax(-1) @ value
+        blind = logits.isneginf().all(-1, keepdim=True)  # padding: it reads nothing, as in PyTorch
+        output = logits.softmax(-1).masked_fill(blind, 0) @ value
         if noted:
             layers.append((query, key, output))
         return output
