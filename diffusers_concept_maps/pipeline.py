@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import field, make_dataclass
 from functools import cache
 from typing import Any, cast
@@ -15,6 +15,7 @@ from diffusers_concept_maps.backbones import find_backbone, find_transformers
 from diffusers_concept_maps.capture import trace
 from diffusers_concept_maps.errors import ConceptMapsError
 from diffusers_concept_maps.maps import ConceptMaps
+from diffusers_concept_maps.processors import install_processors
 
 _OPTIONS = tuple(
     parameter for parameter in inspect.signature(trace).parameters.values() if parameter.name != "pipe_or_transformer"
@@ -80,7 +81,7 @@ class ConceptMapsMixin:
             processor: one processor, or a dict as `concept_attn_processors` makes it; the dict is left as it is.
         """
         for transformer in find_transformers(self):
-            transformer.set_attn_processor(dict(processor) if isinstance(processor, Mapping) else processor)
+            install_processors(transformer, processor)
 
     def to_json_string(self) -> str:
         """The pipeline's config under its stock class name, which `DiffusionPipeline.from_pretrained` knows."""

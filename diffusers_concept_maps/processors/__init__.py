@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -36,10 +37,12 @@ def concept_attn_processors(transformer: Any) -> dict[str, ConceptProcessor]:
     them in; `trace` adopts them.
 
     Args:
-        transformer: a diffusers model with `attn_processors`.
+        transformer: a diffusers model that can be traced.
 
     Returns:
-        A full dict, as `set_attn_processor` takes it (which empties it: make a new one for every call).
+        A full dict, as `set_attn_processor` takes it (which empties it: make a new one for every call). For a model
+        without that method the names are the same, `"<module>.processor"`; `ConceptMapsMixin.set_attn_processor` takes
+        the dict for any model.
 
     Raises:
         ConceptMapsError: the transformer cannot be traced, or holds processors of this package already.
@@ -48,7 +51,7 @@ def concept_attn_processors(transformer: Any) -> dict[str, ConceptProcessor]:
 
     find_backbone(transformer)
     processors = {}
-    for name, stock in transformer.attn_processors.items():
+    for name, stock in installed_processors(transformer).items():
         stock_class: Any = type(stock)
         if isinstance(stock, ConceptProcessor):
             raise ConceptMapsError(
@@ -56,6 +59,34 @@ def concept_attn_processors(transformer: Any) -> dict[str, ConceptProcessor]:
             )
         processors[name] = concept_processor(stock) or from_stock(passive(stock_class), stock)
     return processors
+
+
+def installed_processors(transformer: Any) -> dict[str, Any]:
+    """The attention processors of a model by name, also of one that does not list them itself."""
+    if hasattr(transformer, "attn_processors"):
+        return dict(transformer.attn_processors)
+    modules = transformer.named_modules()
+    return {f"{name}.processor": module.processor for name, module in modules if hasattr(module, "processor")}
+
+
+def install_processors(transformer: Any, processor: Any) -> None:
+    """Set one processor or a full dict of them, also in a model without `set_attn_processor`.
+
+    Raises:
+        ConceptMapsError: the dict does not have the names of the model's processors.
+    """
+    if hasattr(transformer, "set_attn_processor"):
+        transformer.set_attn_processor(dict(processor) if isinstance(processor, Mapping) else processor)
+        return
+    names = installed_processors(transformer)
+    given = processor if isinstance(processor, Mapping) else dict.fromkeys(names, processor)
+    if given.keys() != names.keys():
+        raise ConceptMapsError(
+            f"{type(transformer).__name__} has {len(names)} attention modules, and {len(given)} processors were given "
+            f"or others than its own; pass all that concept_attn_processors() makes"
+        )
+    for name in names:
+        transformer.get_submodule(name.removesuffix(".processor")).processor = given[name]
 
 
 class ConceptAttnProcessor(ConceptProcessor):
