@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from backbones import test_contract
 from backbones import tiny_ltx as tiny
+from backbones._case import Case
 from backbones._oracle import embeds_of
 from diffusers import LTXConditionPipeline, LTXImageToVideoPipeline
 from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
@@ -30,72 +33,49 @@ def picture(seed: int = 0) -> Image.Image:
     return Image.fromarray(pixels.numpy())
 
 
-def check_run(pipe: Any, prompts: list[str], last: dict[str, Any], **options: Any) -> dict[str, torch.Tensor]:
-    """Frames are unchanged, and the maps of the last step are those of the transformer with what it was given then.
+def variant(name: str, cls: Any, **options: Any) -> Case:
+    """Another pipeline around the first of the tiny transformers; conditions are those of one video."""
 
-    Args:
-        pipe: a tiny pipeline.
-        prompts: what to make videos of.
-        last: filled with the arguments of the last forward pass.
-        options: of its call.
-    """
-    embeds = embeds_of(tiny.CASES[0])
-    off = tiny.call(pipe, prompts, **options)
-    hook = pipe.transformer.register_forward_pre_hook(lambda *call: last.update(call[2]), with_kwargs=True)
-    with dcm.trace(pipe, concept_embeds=embeds, methods=METHODS, steps=[2], branch="both") as maps:
-        on = tiny.call(pipe, prompts, **options)
-    hook.remove()
-    assert torch.equal(on, off)
-    with dcm.trace(pipe.transformer, concept_embeds=embeds, methods=METHODS) as expected, torch.no_grad():
-        pipe.transformer(**last)
-    for method in METHODS:
-        assert maps["cond"].get(method).shape == (len(prompts), 3, *tiny.GRID)
-        rows = torch.cat([maps[branch].get(method) for branch in ("uncond", "cond")])
-        torch.testing.assert_close(rows, expected.get(method), rtol=0, atol=1e-5)
-    return {method: maps["cond"].get(method) for method in METHODS}
+    def call(pipe: Any, prompts: list[str]) -> torch.Tensor:
+        return tiny.call(pipe, prompts[:1] if "conditions" in options else prompts, **options)
+
+    return replace(tiny.CASES[0], name=name, pipeline=lambda: pipeline(cls), call=call)
+
+
+def condition(frame: int, pictures: int = 1) -> LTXVideoCondition:
+    """A picture at a frame, or a video that begins there."""
+    if pictures == 1:
+        return LTXVideoCondition(image=picture(), frame_index=frame, strength=0.9)
+    return LTXVideoCondition(video=[picture(seed) for seed in range(pictures)], frame_index=frame)
+
+
+VARIANTS = {
+    variant("image to video", LTXImageToVideoPipeline, image=picture()): 45,
+    variant("no conditions", LTXConditionPipeline): 45,
+    variant("first frame", LTXConditionPipeline, conditions=[condition(0)]): 45,
+    variant("later frame", LTXConditionPipeline, conditions=[condition(8)]): 60,
+    # Of a video at a later frame two latent frames stand in front of the grid, whatever follows is part of it.
+    variant("later video", LTXConditionPipeline, conditions=[condition(0), condition(8, pictures=9)]): 75,
+}
+"""Numbers of video tokens, those in front of the grid included."""
+
+
+@pytest.mark.parametrize("case", VARIANTS, ids=str)
+def test_pipelines(case: Case) -> None:
+    checks = test_contract.TestPipeline()
+    checks.test_frames_are_unchanged(case)
+    checks.test_steps_and_branches(case)
+    (_, given), *_ = test_contract.recorded_calls(case, test_contract.pipeline_of(case), PROMPTS)
+    assert given["hidden_states"].shape[1] == VARIANTS[case]
 
 
 @pytest.mark.parametrize("case", tiny.CASES, ids=str)
-@pytest.mark.parametrize("batch", [1, 2])
-def test_one_text_token(case: Any, batch: int) -> None:
-    transformer, inputs = case.make(), case.inputs(batch, 1, 1)
+def test_text_without_a_mask(case: Case) -> None:
+    transformer, inputs = case.make(), case.inputs(2, 5, 1) | {"encoder_attention_mask": None}
     with torch.no_grad():
         off = transformer(**inputs, return_dict=False)[0]
-        with dcm.trace(transformer, concept_embeds=embeds_of(case), methods=METHODS) as maps:
-            on = transformer(**inputs, return_dict=False)[0]
-    assert torch.equal(on, off)
-    assert (maps.get("cross_attention").flatten(2).std(-1) > 1e-6).all()
-
-
-def test_image_to_video() -> None:
-    last: dict[str, Any] = {}
-    check_run(pipeline(LTXImageToVideoPipeline), PROMPTS, last, image=picture())
-    assert last["timestep"].shape == (4, 45)
-    assert (last["timestep"][:, :15] == 0).all()
-
-
-@pytest.mark.parametrize("frame", [0, 8])
-def test_conditions(frame: int) -> None:
-    """A condition at a later frame is a frame of tokens in front of the grid."""
-    last: dict[str, Any] = {}
-    condition = LTXVideoCondition(image=picture(), frame_index=frame, strength=0.9)
-    check_run(pipeline(LTXConditionPipeline), PROMPTS[:1], last, conditions=[condition])
-    assert last["hidden_states"].shape[1] == (60 if frame else 45)
-
-
-def test_conditions_of_videos() -> None:
-    """Of a video at a later frame two latent frames stand in front of the grid, whatever follows is part of it."""
-    last: dict[str, Any] = {}
-    conditions = [
-        LTXVideoCondition(image=picture(), frame_index=0),
-        LTXVideoCondition(video=[picture(seed) for seed in range(9)], frame_index=8),
-    ]
-    check_run(pipeline(LTXConditionPipeline), PROMPTS[:1], last, conditions=conditions, denoise_strength=1.0)
-    assert last["hidden_states"].shape[1] == 75
-
-
-def test_no_conditions() -> None:
-    check_run(pipeline(LTXConditionPipeline), PROMPTS, {})
+        with dcm.trace(transformer, concept_embeds=embeds_of(case), methods=METHODS):
+            assert torch.equal(transformer(**inputs, return_dict=False)[0], off)
 
 
 def test_the_grid_is_read_from_coordinates() -> None:

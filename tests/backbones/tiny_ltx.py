@@ -113,7 +113,6 @@ SHARED: dict[str, Any] = {
     "text_width": WIDTH,
     "joint": False,
     "joining": joining,
-    "text_lengths": (2, 5),  # of a single token every video token reads the same
 }
 CASES = (
     Case("LTX-Video", make_transformer, inputs, **SHARED, pipeline=make_pipeline, call=call),

@@ -1,0 +1,173 @@
+"""Sana-Video: text to video and image to video.
+
+Self-attention of the video is linear, without probabilities, and is left alone; its cross-attention to text is where
+maps come from. Text is Gemma's states behind the model's caption projection and norm, which no block updates, without
+positions. Concepts go through projection and norm as well and have keys in every block; the prompt's mask does not
+touch them. Gemma reads concepts, like prompts, behind the instruction that is the pipeline's default.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers.transformer_sana_video import SanaAttnProcessor2_0
+
+from diffusers_concept_maps.backbones._base import CrossBackbone, Grid, Site
+from diffusers_concept_maps.errors import ConceptMapsError
+from diffusers_concept_maps.processors._base import ConceptProcessor
+from diffusers_concept_maps.tokens import token_spans, word_tokens
+
+_TEXT_TOKENS = 300
+_LTX2_CHANNELS = 128
+
+
+class SanaVideoBackbone(CrossBackbone):
+    """Sana-Video with any of its three autoencoders."""
+
+    transformer_classes: ClassVar[tuple[str, ...]] = ("SanaVideoTransformer3DModel",)
+
+    def sites(self, transformer: Any) -> list[Site]:
+        """See `Backbone.sites`."""
+        return [Site(block, block.attn2) for block in transformer.transformer_blocks]
+
+    def heads(self, transformer: Any) -> int:
+        """See `Backbone.heads`."""
+        return int(transformer.config.num_cross_attention_heads)
+
+    def text_width(self, transformer: Any) -> int:
+        """See `Backbone.text_width`."""
+        return int(transformer.config.caption_channels)
+
+    def encode(self, pipe: Any, texts: list[str], length: int | None) -> tuple[torch.Tensor, list[int]]:
+        """See `Backbone.encode`."""
+        if pipe.text_encoder is None or pipe.tokenizer is None:
+            raise ConceptMapsError(
+                f"this {type(pipe).__name__} has no tokenizer or text encoder to encode the concepts with; "
+                f"pass concept_embeds instead"
+            )
+        length = length or _TEXT_TOKENS
+        for text in texts:
+            word_tokens(pipe.tokenizer, text.lower(), length - 1)  # beside an end mark, a start mark
+        with torch.no_grad(), torch.random.fork_rng(enabled=pipe.text_encoder.training):
+            states, *_ = pipe.encode_prompt(
+                texts, False, max_sequence_length=length, complex_human_instruction=_instruction(pipe)
+            )
+        words = [
+            [row for row, (start, stop) in enumerate(self.token_spans(pipe, text, length)) if stop > start]
+            for text in texts
+        ]
+        own = [state.roll(-rows[0], 0) for state, rows in zip(states, words, strict=True)]
+        return torch.stack(own), [len(rows) for rows in words]
+
+    def token_spans(self, pipe: Any, prompt: str, length: int) -> list[tuple[int, int]]:
+        """See `Backbone.token_spans`.
+
+        The tokens of the default instruction and the prompt, in lower case and without blanks around it, of which the
+        pipelines take the first and the last. For a call with another instruction, pass `prompt_tokens`.
+        """
+        instruction = "\n".join(_instruction(pipe) or ())
+        marked = len(pipe.tokenizer.encode(instruction)) - 2 if instruction else 0
+        text = instruction + prompt.lower().strip()
+        spans = token_spans(pipe.tokenizer, text, marked + length)
+        spans += [(0, 0)] * (marked + length - len(spans))
+        # Lower case may have more characters than the prompt: which of those each one comes from.
+        source = [place for place, letter in enumerate(prompt) for _ in letter.lower()]
+        blanks = len(prompt.lower()) - len(prompt.lower().lstrip())
+        found = []
+        for start, stop in (spans[0], *spans[marked + 1 :]):
+            start, stop = (max(place - len(instruction), 0) + blanks for place in (start, stop))
+            found.append((source[start], source[stop - 1] + 1) if stop > start else (0, 0))
+        return found
+
+    def grid(self, transformer: Any, call: Mapping[str, Any]) -> Grid:
+        """See `Backbone.grid`; latents are `[batch, channel, frame, height, width]`."""
+        _, _, frames, height, width = call["hidden_states"].shape
+        patch = transformer.config.patch_size
+        return Grid(frames // patch[0], height // patch[1], width // patch[2])
+
+    def timesteps(self, scheduled: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """See `Backbone.timesteps`; the frame that is given has one of its own."""
+        return scheduled.to(dtype)
+
+    def geometry(self, transformer: Any) -> dict[str, int]:
+        """See `Backbone.geometry`; of the autoencoders LTX-2's is told by its channels."""
+        config = transformer.config
+        return {
+            "frames_per_latent": 8 if config.in_channels == _LTX2_CHANNELS else 4,
+            "latents_per_token": int(config.patch_size[0]),
+        }
+
+    def context(
+        self, transformer: Any, embeds: torch.Tensor, like: torch.Tensor, call: Mapping[str, Any], rows: slice
+    ) -> torch.Tensor:
+        """See `CrossBackbone.context`."""
+        return cast(torch.Tensor, transformer.caption_norm(transformer.caption_projection(embeds.to(like))))
+
+
+def _instruction(pipe: Any) -> list[str] | None:
+    """What the pipeline puts in front of every prompt unless it is told otherwise."""
+    return cast("list[str] | None", inspect.signature(pipe.__call__).parameters["complex_human_instruction"].default)
+
+
+class ConceptSanaVideoAttnProcessor2_0(ConceptProcessor, SanaAttnProcessor2_0):
+    """Drop-in for Sana-Video's `SanaAttnProcessor2_0`, in its order of operations."""
+
+    stock: ClassVar[type | None] = SanaAttnProcessor2_0
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of video `[batch, N, width]` to text `[batch, T, width]`."""
+        recorder = self.recorder
+        if recorder is None or encoder_hidden_states is None or not recorder.records(attn):
+            stock: Any = super()
+            return cast(torch.Tensor, stock.__call__(attn, hidden_states, encoder_hidden_states, attention_mask))
+        if attention_mask is not None:
+            batch, count, _ = encoder_hidden_states.shape
+            attention_mask = attn.prepare_attention_mask(attention_mask, count, batch)
+            attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
+        query = attn.to_q(hidden_states)
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        query, key = _split_heads(attn, query), _project_key(attn, encoder_hidden_states)
+        value = _split_heads(attn, attn.to_v(encoder_hidden_states))
+        output = dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            dropout_p=0.0,
+            is_causal=False,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        result = attn.to_out[1](attn.to_out[0](output.flatten(2, 3).type_as(query)))
+        recorder.observe_crossing(
+            attn,
+            query.transpose(1, 2),
+            output.transpose(1, 2),
+            key.transpose(1, 2),
+            lambda context: _project_key(attn, context).transpose(1, 2),
+        )
+        return cast(torch.Tensor, result / attn.rescale_output_factor)
+
+
+def _split_heads(attn: Attention, states: torch.Tensor) -> torch.Tensor:
+    return states.view(states.shape[0], -1, attn.heads, states.shape[-1] // attn.heads)
+
+
+def _project_key(attn: Attention, text: torch.Tensor) -> torch.Tensor:
+    key = attn.to_k(text)
+    return _split_heads(attn, key if attn.norm_k is None else attn.norm_k(key))
+
+
+BACKBONE = SanaVideoBackbone()
