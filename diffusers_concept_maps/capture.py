@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from diffusers_concept_maps.backbones import Backbone, Site, find_backbone, find_transformers
+from diffusers_concept_maps.backbones import Backbone, Site, find_backbone, find_transformers, uncompiled
+from diffusers_concept_maps.compiled import FollowedCall, HeldForward, Relay, held_forward, is_compiled, new_order
 from diffusers_concept_maps.errors import ConceptMapsError
 from diffusers_concept_maps.heads import HeadSelection
 from diffusers_concept_maps.maps import ConceptMaps
@@ -37,43 +38,72 @@ class CaptureHandle:
         self, plan: CapturePlan, recorder: Recorder, backbone: Backbone, sites: Mapping[Any, list[Site]]
     ) -> None:
         """Attach to every transformer; whatever fails on the way, everything done so far is undone."""
-        metadata = _metadata(backbone, next(iter(sites)), plan)
+        metadata = _metadata(backbone, uncompiled(next(iter(sites))), plan)
         self.maps = {
             branch: ConceptMaps(_BranchView(plan, recorder.results, branch, metadata), tuple(plan.methods))
             for branch in plan.branches
         }
         self._prompt = plan.prompt
         self._recorder = recorder
+        self._backbone = backbone
         self._hooks: list[RemovableHandle] = []
         self._swapped: list[tuple[Any, Any, ConceptProcessor]] = []
         self._adopted: list[ConceptProcessor] = []
+        self._patched: list[tuple[Any, str, Any, Any]] = []
         try:
             if self._prompt is not None:
                 self._prompt.listen()
             for transformer, own in sites.items():
-                self._attach(transformer, own, joins=plan.attention == "one_pass")
+                self._follow(transformer)
+                if any(is_compiled(module) for module in transformer.modules()):
+                    self._attach_compiled(own, plan.deepest)
+                else:
+                    self._attach(own, joins=plan.attention == "one_pass")
         except BaseException:
             self.remove(failed=True)
             raise
 
-    def _attach(self, transformer: Any, sites: list[Site], *, joins: bool) -> None:
+    def _follow(self, transformer: Any) -> None:
+        """Notice when a transformer, compiled or not, is called and when it is done."""
+        if transformer._compiled_call_impl is None:
+            self._hooks.append(transformer.register_forward_pre_hook(self._begin, with_kwargs=True))
+            self._hooks.append(transformer.register_forward_hook(self._end, always_call=True))
+        else:
+            call = FollowedCall(transformer, self._begin, transformer._compiled_call_impl, self._end)
+            self._patch(transformer, "_compiled_call_impl", call)
+
+    def _attach(self, sites: list[Site], *, joins: bool) -> None:
         for attention in (attention for site in sites for attention in (site.attention, *site.others)):
-            installed: Any = attention.processor
-            if isinstance(installed, ConceptProcessor):
-                installed.recorder = self._recorder
-                self._adopted.append(installed)
-            else:
-                processor = concept_processor(installed)
-                assert processor is not None  # `_check_free` has looked
-                processor.recorder = self._recorder
-                self._swapped.append((attention, installed, processor))
-                attention.processor = processor
-        self._hooks.append(transformer.register_forward_pre_hook(self._begin, with_kwargs=True))
-        self._hooks.append(transformer.register_forward_hook(self._end, always_call=True))
+            self._install(attention, self._recorder)
         for site in sites:
             self._hooks.append(site.block.register_forward_pre_hook(partial(self._hold, site), with_kwargs=True))
             if joins:  # before the hooks of the user, which then see the outputs that they saw
                 self._hooks.append(site.block.register_forward_hook(self._part, prepend=True))
+
+    def _attach_compiled(self, sites: list[Site], deepest: int) -> None:
+        """Calls are replaced, because hooks would be compiled along with the module that they are of."""
+        order = new_order()
+        for layer, site in enumerate(sites):
+            relay = Relay(self._recorder, self._backbone, site, order, recorded=layer <= deepest)
+            for attention in (site.attention, *site.others):
+                self._install(attention, relay)
+            self._patch(site.block, "forward", held_forward(relay, site.block.forward))
+
+    def _patch(self, module: Any, name: str, wrapper: Callable[..., Any]) -> None:
+        self._patched.append((module, name, wrapper, module.__dict__.get(name)))
+        module.__dict__[name] = wrapper
+
+    def _install(self, attention: Any, recorder: Recorder | Relay) -> None:
+        installed: Any = attention.processor
+        if isinstance(installed, ConceptProcessor):
+            installed.recorder = recorder
+            self._adopted.append(installed)
+        else:
+            processor = concept_processor(installed)
+            assert processor is not None  # `_check_free` has looked
+            processor.recorder = recorder
+            self._swapped.append((attention, installed, processor))
+            attention.processor = processor
 
     def remove(self, *, failed: bool = False) -> None:
         """Put the very processors back that were there, and take every hook out; a second call does nothing.
@@ -85,17 +115,26 @@ class CaptureHandle:
             self._prompt.stop()
         for hook in self._hooks:
             hook.remove()
+        for module, name, wrapper, before in self._patched:
+            restores = module.__dict__.get(name) is wrapper  # otherwise somebody has wrapped it, or compiled anew
+            if restores:
+                module.__dict__.pop(name)
+                module.__dict__.update({} if before is None else {name: before})
+            if isinstance(wrapper, HeldForward):
+                wrapper.release(passes_on=not restores)
         for attention, stock, processor in self._swapped:
             if attention.processor is processor:  # otherwise somebody has set another one since: theirs stays
                 attention.processor = stock
             processor.recorder = None  # it may live on, where the user or `fuse_qkv_projections` has kept it
         for processor in self._adopted:
             processor.__dict__.pop("recorder", None)
-        self._hooks, self._swapped, self._adopted, self._prompt = [], [], [], None
+        self._hooks, self._patched, self._swapped, self._adopted, self._prompt = [], [], [], [], None
         self._recorder.results.close(failed=failed)
 
     def _begin(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._recorder.begin(transformer, _by_name(transformer, args, kwargs))
+        _expect_eager()
+        whole = uncompiled(transformer)
+        self._recorder.begin(whole, _by_name(whole, args, kwargs))
 
     def _end(self, transformer: Any, args: tuple[Any, ...], output: Any) -> None:
         self._recorder.end(finished=output is not None)
@@ -103,6 +142,7 @@ class CaptureHandle:
     def _hold(
         self, site: Site, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        _expect_eager()
         joined = self._recorder.hold(site, _by_name(block, args, kwargs))
         return None if joined is None else ((), joined)
 
@@ -120,18 +160,20 @@ def attach(pipe_or_transformer: Any, concepts: Sequence[str] | None = None, **op
         ConceptMapsError: as `trace`; nothing has been changed then.
     """
     request = Request(**options)
-    transformers = find_transformers(pipe_or_transformer)
+    outer = find_transformers(pipe_or_transformer)
+    pipe = None if outer[0] is pipe_or_transformer else pipe_or_transformer
+    transformers = [uncompiled(transformer) for transformer in outer]
     backbone = find_backbone(transformers[0])
-    pipe = None if transformers[0] is pipe_or_transformer else pipe_or_transformer
     sites = {transformer: find_backbone(transformer).sites(transformer) for transformer in transformers}
     for transformer, own in sites.items():
         _check_free(transformer, own)
     _check_alike(backbone, sites)
     plan = make_plan(pipe, transformers[0], backbone, concepts, request)
     if plan.attention == "one_pass":
-        for transformer in transformers:
+        for transformer in outer:
             check_one_pass(backbone, transformer)
-    return CaptureHandle(plan, Recorder(plan, backbone, sites, pipe), backbone, sites)
+    recorder = Recorder(plan, backbone, sites, pipe)
+    return CaptureHandle(plan, recorder, backbone, dict(zip(outer, sites.values(), strict=True)))
 
 
 @contextmanager
@@ -265,6 +307,11 @@ def _check_processor(transformer: Any, layer: int, installed: Any) -> None:
             f"layer {layer} has the attention processor {type(installed).__name__}, which cannot be traced; put "
             f"the model's own processor or one of concept_attn_processors() back first"
         )
+
+
+def _expect_eager() -> None:
+    if torch.compiler.is_compiling():
+        raise ConceptMapsError("the transformer was compiled during the capture; compile it before the `with` block")
 
 
 def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

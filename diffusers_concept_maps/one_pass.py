@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from diffusers_concept_maps.backbones import Backbone, JoiningBackbone
+from diffusers_concept_maps.compiled import is_compiled
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
 from diffusers_concept_maps.one_directional import Layout, one_directional_attention
 
@@ -141,6 +142,8 @@ def _obstacle(transformer: Any) -> str | None:
     parallel = getattr(transformer, "_parallel_config", None)
     if parallel is not None and parallel.context_parallel_config is not None:
         return "context parallelism, which shards the sequence"
+    if any(is_compiled(module) for module in transformer.modules()):
+        return "torch.compile, whose graphs hold the stock calls"
     for module in transformer.modules():
         registry = getattr(module, "_diffusers_hook", None)
         for hook in () if registry is None else registry.hooks.values():

@@ -350,7 +350,8 @@ class Recorder:
 
     def _serves(self, site: Site) -> bool:
         """Whether the processor of a layer is still the one that talks to this capture."""
-        return getattr(site.attention.processor, "recorder", None) is self
+        told = getattr(site.attention.processor, "recorder", None)
+        return told is self or getattr(told, "recorder", None) is self
 
     def _embeds(self, branches: Mapping[str, slice], device: torch.device) -> torch.Tensor:
         """Concept embeddings of every row of these branches; those of one video get the same."""

@@ -16,6 +16,7 @@ from diffusers_concept_maps.backbones._base import (
     JointBackbone,
     Preset,
     Site,
+    uncompiled,
     unpatched,
 )
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
@@ -33,6 +34,7 @@ __all__ = [
     "find_transformers",
     "register",
     "supported",
+    "uncompiled",
     "unpatched",
 ]
 
@@ -90,7 +92,7 @@ def find_backbone(transformer: Any) -> Backbone:
     Raises:
         ConceptMapsError: no backbone knows the class.
     """
-    for cls in type(transformer).__mro__:
+    for cls in type(uncompiled(transformer)).__mro__:
         backbone = _BACKBONES.get(cls.__name__)
         if backbone is not None:
             return backbone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,20 +16,29 @@ from diffusers_concept_maps.heads import HeadSelection
 from diffusers_concept_maps.parity import Parity
 from diffusers_concept_maps.tokens import token_spans
 
+_PATCHES = ("forward", "_compiled_call_impl")  # of attributes that instances have beside those of their class
+
 
 @contextmanager
 def unpatched(attentions: Sequence[nn.Module]) -> Iterator[None]:
     """Within the context these modules run their class's `forward`.
 
-    Caches patch it in the instance; calls with concepts must not reach their state.
+    Caches patch it in the instance, `torch.compile` its call; calls with concepts must reach neither the state of the
+    one nor the graph of the other.
     """
-    patched = [attention.__dict__.pop("forward", None) for attention in attentions]
+    places = [(attention, name) for attention in attentions for name in _PATCHES]
+    patched = [attention.__dict__.pop(name, None) for attention, name in places]
     try:
         yield
     finally:
-        for attention, forward in zip(attentions, patched, strict=True):
-            if forward is not None:
-                attention.__dict__["forward"] = forward
+        for (attention, name), patch in zip(places, patched, strict=True):
+            if patch is not None:
+                attention.__dict__[name] = patch
+
+
+def uncompiled(module: Any) -> Any:
+    """The module that `torch.compile(module)` has wrapped; any other module as it is."""
+    return getattr(module, "_orig_mod", module)
 
 
 @dataclass(frozen=True)
@@ -39,17 +49,23 @@ class Site:
         block: a transformer block.
         attention: the attention module in it that maps are read from.
         others: attention modules in it that see images alone, and that a block without an image has to do without.
-        forward: of the block's class; looked up once, because a compiled graph cannot do it.
+        forward: of the block's class.
+        parameters: names of its arguments.
     """
 
     block: nn.Module
     attention: Any
     others: tuple[Any, ...] = ()
     forward: Any = field(init=False, repr=False, compare=False)
+    parameters: tuple[str, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Look the forward up."""
+        """Find the modules inside of what `torch.compile` may have wrapped them in, and look the forward up."""
+        object.__setattr__(self, "block", uncompiled(self.block))
+        object.__setattr__(self, "attention", uncompiled(self.attention))
+        object.__setattr__(self, "others", tuple(uncompiled(module) for module in self.others))
         object.__setattr__(self, "forward", type(self.block).forward)
+        object.__setattr__(self, "parameters", tuple(inspect.signature(self.forward).parameters)[1:])
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 if TYPE_CHECKING:
     from torch import nn
 
+    from diffusers_concept_maps.compiled import Relay
     from diffusers_concept_maps.recorder import Recorder
 
 CONCEPT_PROCESSORS: list[type[ConceptProcessor]] = []
@@ -21,7 +22,7 @@ class ConceptProcessor:
         stock: the class it is a drop-in for; None in the router and in processors that have nothing to show.
     """
 
-    recorder: Recorder | None = None
+    recorder: Recorder | Relay | None = None
     stock: ClassVar[type | None] = None
 
     def __init_subclass__(cls) -> None:

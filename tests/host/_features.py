@@ -1,0 +1,78 @@
+"""Which features of diffusers the stock models of five families have; the tests of this folder assert every cell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+from host._families import FAMILIES
+
+
+class Blank(NamedTuple):
+    """A feature that stock diffusers does not have for a family.
+
+    Attributes:
+        error: what it raises; None where it does nothing.
+        match: of the error's message; where it does nothing, why.
+    """
+
+    error: type[Exception] | None
+    match: str
+
+    def __str__(self) -> str:
+        return "stock refuses" if self.error is not None else "stock ignores"
+
+
+class Feature(NamedTuple):
+    """One row of the table.
+
+    Attributes:
+        what: the user's code.
+        note: what a capture does with it.
+        blanks: by family, where stock does not have it.
+    """
+
+    what: str
+    note: str
+    blanks: dict[str, Blank]
+
+
+_NO_REPEATED = Blank(ValueError, "`_repeated_blocks` attribute is empty")
+_NO_CACHE = Blank(AttributeError, "no attribute 'enable_cache'")
+_EXACT = "frames and maps as without"
+_SKIPS = "skipped steps and layers are not in `coverage`"
+
+FEATURES = {
+    "compile": Feature("`transformer.compile(fullgraph=True)`", "frames of the compiled stock, maps of eager", {}),
+    "compile blocks": Feature("`block.compile(fullgraph=True)`", "likewise", {}),
+    "compile repeated blocks": Feature(
+        "`transformer.compile_repeated_blocks(fullgraph=True)`",
+        "likewise",
+        {"CogVideoX": _NO_REPEATED, "SD3": _NO_REPEATED},
+    ),
+    "first block cache": Feature("`enable_cache(FirstBlockCacheConfig(...))`", _SKIPS, {"SD3": _NO_CACHE}),
+    "pyramid": Feature("`enable_cache(PyramidAttentionBroadcastConfig(...))`", _SKIPS, {"SD3": _NO_CACHE}),
+    "faster cache": Feature("`enable_cache(FasterCacheConfig(...))`", _SKIPS, {"SD3": _NO_CACHE}),
+    "taylor": Feature("`enable_cache(TaylorSeerCacheConfig(...))`", _SKIPS, {"SD3": _NO_CACHE}),
+}
+
+
+def cells(feature: str) -> list[Any]:
+    """Every family, and why stock has no such feature for it; None if it has."""
+    return [pytest.param(case, FEATURES[feature].blanks.get(case.name), id=case.name) for case in FAMILIES]
+
+
+def refused(blank: Blank | None, apply: Callable[[], object]) -> bool:
+    """Apply a feature; where stock does not have it, this asserts that it refuses."""
+    if blank is None or blank.error is None:
+        apply()
+        return False
+    with pytest.raises(blank.error, match=blank.match):
+        apply()
+    return True
+
+
+def page() -> str:
+    """The documentation page."""
+    return ""
