@@ -1,11 +1,19 @@
-"""The model families, one file each; every module beside this one is loaded and its `BACKBONE` registered."""
+"""The model families, one file each; every module beside this one is loaded and its `BACKBONE` registered.
+
+Other packages add theirs by an entry point of the group `ENTRY_POINTS`, or by `register`. What the installed diffusers
+does not have is left out.
+"""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+from functools import cache
+from importlib.metadata import entry_points
 from typing import Any
 
+import diffusers
+from diffusers.utils import logging
 from torch import nn
 
 from diffusers_concept_maps.backbones._base import (
@@ -22,6 +30,7 @@ from diffusers_concept_maps.backbones._base import (
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
 
 __all__ = [
+    "ENTRY_POINTS",
     "Backbone",
     "CrossBackbone",
     "Grid",
@@ -38,26 +47,40 @@ __all__ = [
     "unpatched",
 ]
 
+ENTRY_POINTS = "diffusers_concept_maps.backbones"
+"""Group of the entry points by which installed packages add backbones; each leads to an instance of `Backbone`."""
+
+logger = logging.get_logger(__name__)
+
 _BACKBONES: dict[str, Backbone] = {}
+_UNAVAILABLE: dict[str, str] = {}  # our modules that need another diffusers, and what they miss
 
 
 def register(backbone: Backbone) -> Backbone:
     """Make a backbone known under each of its transformer classes.
 
     Raises:
-        ConceptMapsError: another backbone has one of them.
+        ConceptMapsValueError: it is no backbone.
+        ConceptMapsError: another backbone has one of its classes.
     """
-    for name in backbone.transformer_classes:
+    if not isinstance(backbone, Backbone):
+        raise ConceptMapsValueError(f"{backbone!r} is no backbone; expected an instance of a subclass of Backbone")
+    _add(backbone, backbone.transformer_classes)
+    return backbone
+
+
+def _add(backbone: Backbone, names: tuple[str, ...]) -> None:
+    for name in names:
         if name in _BACKBONES:
             raise ConceptMapsError(
                 f"{name} belongs to {type(_BACKBONES[name]).__name__}; remove it from {type(backbone).__name__}"
             )
-    _BACKBONES.update(dict.fromkeys(backbone.transformer_classes, backbone))
-    return backbone
+    _BACKBONES.update(dict.fromkeys(names, backbone))
 
 
 def supported() -> tuple[str, ...]:
-    """Names of the transformer classes that can be traced, sorted."""
+    """Names of the transformer classes that can be traced with the installed diffusers, sorted."""
+    _add_entry_points()
     return tuple(sorted(_BACKBONES))
 
 
@@ -92,16 +115,46 @@ def find_backbone(transformer: Any) -> Backbone:
     Raises:
         ConceptMapsError: no backbone knows the class.
     """
+    _add_entry_points()
     for cls in type(uncompiled(transformer)).__mro__:
         backbone = _BACKBONES.get(cls.__name__)
         if backbone is not None:
             return backbone
+    unavailable = "; ".join(f"{name}: {reason}" for name, reason in _UNAVAILABLE.items())
     raise ConceptMapsError(
         f"{type(transformer).__name__} cannot be traced; supported are {', '.join(supported())}. "
         f"docs/contributing.md says how to add a backbone."
+        + (f" diffusers {diffusers.__version__} lacks what these need: {unavailable}" if unavailable else "")
     )
 
 
-for _module in pkgutil.iter_modules(__path__):
-    if not _module.name.startswith("_"):
-        register(importlib.import_module(f"{__name__}.{_module.name}").BACKBONE)
+@cache
+def _add_entry_points() -> None:
+    """Register the backbones of other packages, once, when one is first asked for."""
+    for entry in entry_points(group=ENTRY_POINTS):
+        try:
+            register(entry.load())
+        except Exception as error:  # noqa: BLE001  # whatever another package raises must not stop the rest
+            logger.warning(
+                f"The backbone {entry.name} ({entry.value}) of another package is left out, because it raised "
+                f"{type(error).__name__}: {error}. Update or uninstall that package."
+            )
+
+
+def _add_own() -> None:
+    """Register what is beside this module, as far as the installed diffusers has the classes."""
+    known = frozenset(dir(diffusers))
+    for module in pkgutil.iter_modules(__path__):
+        if module.name.startswith("_"):
+            continue
+        try:
+            backbone = importlib.import_module(f"{__name__}.{module.name}").BACKBONE
+        except ImportError as error:
+            if (error.name or "").partition(".")[0] != "diffusers":
+                raise
+            _UNAVAILABLE[module.name] = str(error)
+        else:
+            _add(backbone, tuple(name for name in backbone.transformer_classes if name in known))
+
+
+_add_own()
