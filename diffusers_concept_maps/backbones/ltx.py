@@ -129,9 +129,9 @@ class ConceptLTXVideoAttnProcessor(ConceptProcessor, LTXVideoAttnProcessor):
             batch, count, _ = encoder_hidden_states.shape
             attention_mask = attn.prepare_attention_mask(attention_mask, count, batch)
             attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
-        query = _split_heads(attn, attn.norm_q(attn.to_q(hidden_states)))
-        key = _project_key(attn, encoder_hidden_states)
+        query, key = attn.to_q(hidden_states), attn.to_k(encoder_hidden_states)
         value = _split_heads(attn, attn.to_v(encoder_hidden_states))
+        query, key = _split_heads(attn, attn.norm_q(query)), _split_heads(attn, attn.norm_k(key))
         output = dispatch_attention_fn(
             query,
             key,

@@ -133,8 +133,7 @@ class _JointProcessor(ConceptProcessor, ABC):
         output = functional.scaled_dot_product_attention(query, key, value, dropout_p=0.0, is_causal=False)
         states = _join_heads(output).to(query.dtype)
         count = hidden_states.shape[1]
-        image = attn.to_out[1](attn.to_out[0](states[:, :count]))
-        text = _finish_text(attn, states[:, count:])
+        image, text = self._finish(attn, states[:, :count], states[:, count:])
         recorder.observe(attn, query, key, value, output, text=slice(count, None), image=slice(0, count))
         return image, text
 
@@ -147,6 +146,11 @@ class _JointProcessor(ConceptProcessor, ABC):
     @abstractmethod
     def _project_text(self, attn: Attention, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The same of text alone."""
+
+    def _finish(self, attn: Attention, image: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The output projections; a checkpoint that runs the stock code again wants its order here too."""
+        text = _finish_text(attn, text)
+        return attn.to_out[1](attn.to_out[0](image)), text
 
 
 class ConceptJointAttnProcessor2_0(_JointProcessor, JointAttnProcessor2_0):
@@ -193,6 +197,10 @@ class ConceptFusedJointAttnProcessor2_0(_JointProcessor, FusedJointAttnProcessor
     def _project_text(self, attn: Attention, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         query, key, value = (_split_heads(attn, part) for part in attn.to_added_qkv(text).chunk(3, -1))
         return query, key, value
+
+    def _finish(self, attn: Attention, image: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        image = attn.to_out[1](attn.to_out[0](image))
+        return image, _finish_text(attn, text)
 
 
 def _split_heads(attn: Attention, states: torch.Tensor) -> torch.Tensor:

@@ -73,3 +73,20 @@ def check_run(
         assert maps.get(method).shape[2:] == grid
         assert maps.coverage[method].sum().item() == len(places) * maps.coverage[method].shape[1]
         torch.testing.assert_close(maps.get(method), mean, rtol=0, atol=1e-5 * mean.abs().max().item())
+
+
+def check_training(make: Callable[[], Any], inputs: Inputs, embeds: torch.Tensor, methods: Sequence[str]) -> None:
+    """Gradients are unchanged under a capture where activations are not kept, but computed again.
+
+    What is computed again is the stock code, and has to save the very tensors that the capture's has saved.
+    """
+    off, on = make().train(), make().train()
+    capture = dcm.attach(on, concept_embeds=embeds, methods=methods)
+    for transformer in (off, on):
+        transformer.enable_gradient_checkpointing()
+        torch.manual_seed(3)
+        transformer(**inputs, return_dict=False)[0].square().sum().backward()
+    assert capture.maps["cond"].coverage["imap"].all()
+    for (name, expected), parameter in zip(off.named_parameters(), on.parameters(), strict=True):
+        assert (parameter.grad is None) == (expected.grad is None)
+        assert parameter.grad is None or torch.equal(parameter.grad, expected.grad), name

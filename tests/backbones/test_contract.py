@@ -11,6 +11,7 @@ import pytest
 import torch
 from backbones._case import Case, Inputs, cast_inputs, find_cases
 from backbones._oracle import embeds_of, kept_state, layer_taps
+from backbones._runs import check_training
 from naive import all_heads, best_heads, saliency
 
 import diffusers_concept_maps as dcm
@@ -85,6 +86,9 @@ class TestTransformer:
         assert off.isfinite().all()
         assert torch.equal(on, off)
         assert all(maps.get(method).isfinite().all() for method in case.methods)
+
+    def test_training_with_checkpoints_is_unchanged(self, case: Case) -> None:
+        check_training(case.make, case.inputs(2, case.text_lengths[-1], 1), embeds_of(case), case.methods)
 
     def test_idle_processors_are_the_stock_ones(self, case: Case) -> None:
         transformer, inputs = case.make(), case.inputs(2, case.text_lengths[-1], 1)

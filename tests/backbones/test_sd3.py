@@ -13,7 +13,7 @@ import pytest
 import torch
 from backbones import tiny_sd3 as tiny
 from backbones._case import seeded
-from backbones._runs import METHODS, check_run
+from backbones._runs import METHODS, check_run, check_training
 from diffusers import (
     SD3ControlNetModel,
     SD3Transformer2DModel,
@@ -159,6 +159,15 @@ def test_fused_before_the_capture_and_unfused_again() -> None:
     check_run(fused, lambda: tiny.call(fused, ["a red dog"]), EMBEDS, (1, 5, 3), places, passes=3)
     fused.transformer.unfuse_qkv_projections()
     check_run(fused, lambda: tiny.call(fused, ["a red dog"]), EMBEDS, (1, 5, 3), places, passes=3)
+
+
+def test_training_with_fused_projections() -> None:
+    def make() -> SD3Transformer2DModel:
+        transformer = tiny.make_transformer()
+        transformer.fuse_qkv_projections()
+        return transformer
+
+    check_training(make, tiny.inputs(2, 5, 1), EMBEDS, METHODS)
 
 
 @pytest.mark.parametrize("kind", ["image to image", "inpainting"])
