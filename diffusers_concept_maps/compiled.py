@@ -73,6 +73,11 @@ class Relay:
         return not torch.compiler.is_compiling() and self.recorder.answering
 
     @property
+    def quirks(self) -> bool:
+        """See `Recorder.quirks`."""
+        return self.recorder.quirks
+
+    @property
     def joined(self) -> None:
         """See `Recorder.joined`; `attention="one_pass"` refuses compiled modules."""
         return None
@@ -85,7 +90,7 @@ class Relay:
         """See `Recorder.text_tokens`."""
         if torch.compiler.is_compiling():
             assert isinstance(self._backbone, JointBackbone)
-            return self._backbone.text_tokens(self.site.block, self._arguments)
+            return self._backbone.text_tokens(self.site.block, self._arguments, self._arguments)
         return self.recorder.text_tokens(attention)
 
     def hold(self, arguments: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from diffusers_concept_maps.processors._base import ConceptProcessor
 from diffusers_concept_maps.tokens import word_tokens
 
 if TYPE_CHECKING:
+    from diffusers_concept_maps.compiled import Relay
     from diffusers_concept_maps.recorder import Recorder
 
 _REGISTERS = 8
@@ -135,7 +136,11 @@ class _AuraFlowProcessor(ConceptProcessor, ABC):
         return result
 
     def _answer(
-        self, recorder: Recorder, attn: Attention, hidden_states: torch.Tensor, text_states: torch.Tensor | None
+        self,
+        recorder: Recorder | Relay,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        text_states: torch.Tensor | None,
     ) -> Any:
         """Attention of concepts, which are the text beside an empty image, or the one stream."""
         heads = self._project(attn, hidden_states) if text_states is None else self._project_text(attn, text_states)
