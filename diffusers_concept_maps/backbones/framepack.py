@@ -35,10 +35,7 @@ class FramepackBackbone(HunyuanVideoBackbone):
         for name, patch in _HISTORY.items():
             latents = call.get(name)
             if latents is not None and call.get(name.replace("latents", "indices_latents")) is not None:
-                frames, height, width = (
-                    ceil(size / part) for size, part in zip(latents.shape[2:], patch, strict=True)
-                )
-                start += frames * height * width
+                start += prod(ceil(size / part) for size, part in zip(latents.shape[2:], patch, strict=True))
         return replace(super().grid(transformer, call), start=start)
 
     def text_length(self, call: Mapping[str, Any]) -> int:

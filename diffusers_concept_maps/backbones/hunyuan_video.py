@@ -127,11 +127,10 @@ class HunyuanVideoBackbone(JointBackbone):
         self, transformer: Any, embeds: torch.Tensor, like: torch.Tensor, call: Mapping[str, Any], rows: slice
     ) -> torch.Tensor:
         """See `JointBackbone.enter`; every concept is refined as a sequence of its own, at the call's timestep."""
-        rows_count, concepts, width = embeds.shape
+        concepts = embeds.shape[1]
         timestep = call["timestep"].expand(like.shape[0])[rows].repeat_interleave(concepts)
-        with unpatched(_refiner_attentions(transformer)):
-            states = transformer.context_embedder(embeds.to(like).reshape(-1, 1, width), timestep)
-        return cast(torch.Tensor, states.reshape(rows_count, concepts, -1))
+        states = self.refine(transformer, embeds.to(like).flatten(0, 1)[:, None], timestep, None)
+        return states.unflatten(0, (-1, concepts)).squeeze(2)
 
     def enter_with_quirks(
         self,
@@ -147,8 +146,15 @@ class HunyuanVideoBackbone(JointBackbone):
         if multiplicity is not None:
             mask[:, -1:].fill_(0)
         timestep = call["timestep"].expand(like.shape[0])[rows]
-        with unpatched(_refiner_attentions(transformer)):
-            return cast(torch.Tensor, transformer.context_embedder(embeds.to(like), timestep, mask))
+        return self.refine(transformer, embeds.to(like), timestep, mask)
+
+    def refine(
+        self, transformer: Any, states: torch.Tensor, timestep: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Text states before the first block, of text encoder states `[sequence, token, width]`."""
+        refiner = transformer.context_embedder
+        with unpatched([block.attn for block in refiner.token_refiner.refiner_blocks]):
+            return cast(torch.Tensor, refiner(states, timestep, mask))
 
     def reentry(
         self, block: nn.Module, arguments: Mapping[str, Any], concepts: torch.Tensor, rows: slice
@@ -167,10 +173,15 @@ class HunyuanVideoBackbone(JointBackbone):
         return cast(torch.Tensor, block_output[1])
 
 
-class ConceptHunyuanVideoAttnProcessor2_0(ConceptProcessor, HunyuanVideoAttnProcessor2_0):
-    """Drop-in for `HunyuanVideoAttnProcessor2_0`, in its order of operations."""
+class HunyuanVideoConceptProcessor(ConceptProcessor):
+    """Mixed into the processors of the HunyuanVideo models: their operations in their order."""
 
-    stock: ClassVar[type | None] = HunyuanVideoAttnProcessor2_0
+    _attention_backend: Any
+    _parallel_config: Any
+
+    def mask(self, attention_mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
+        """The mask of the attention call, from that of the block and the queries `[batch, S, H, D]`."""
+        return attention_mask
 
     def __call__(
         self,
@@ -197,7 +208,7 @@ class ConceptHunyuanVideoAttnProcessor2_0(ConceptProcessor, HunyuanVideoAttnProc
             query,
             key,
             value,
-            attn_mask=attention_mask,
+            attn_mask=self.mask(attention_mask, query),
             dropout_p=0.0,
             is_causal=False,
             backend=self._attention_backend,
@@ -207,6 +218,12 @@ class ConceptHunyuanVideoAttnProcessor2_0(ConceptProcessor, HunyuanVideoAttnProc
         heads = (tensor.transpose(1, 2) for tensor in (query, key, value, output))
         recorder.observe(attn, *heads, text=slice(count, None), image=slice(0, count))
         return result
+
+
+class ConceptHunyuanVideoAttnProcessor2_0(HunyuanVideoConceptProcessor, HunyuanVideoAttnProcessor2_0):
+    """Drop-in for `HunyuanVideoAttnProcessor2_0`."""
+
+    stock: ClassVar[type | None] = HunyuanVideoAttnProcessor2_0
 
 
 Projected = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -264,10 +281,6 @@ def _finish(attn: Attention, states: torch.Tensor, count: int) -> tuple[torch.Te
     if getattr(attn, "to_add_out", None) is not None:
         text = attn.to_add_out(text)
     return video, text
-
-
-def _refiner_attentions(transformer: Any) -> list[nn.Module]:
-    return [block.attn for block in transformer.context_embedder.token_refiner.refiner_blocks]
 
 
 def _template(pipe: Any) -> Mapping[str, Any]:
