@@ -75,7 +75,7 @@ class SD3Backbone(JointBackbone):
         return states, [min(count, room - 1) for count in counts]
 
     def token_spans(self, pipe: Any, prompt: str, length: int) -> list[tuple[int, int]]:
-        """See `Backbone.token_spans`; the tokens of the CLIP encoders, then those of T5."""
+        """See `Backbone.token_spans`; the tokens of the CLIP encoders, then those of T5, all of the same prompt."""
         spans = token_spans(pipe.tokenizer, prompt, _CLIP_TOKENS)
         spans += [(0, 0)] * (_CLIP_TOKENS - len(spans))
         if pipe.text_encoder_3 is not None:
