@@ -10,7 +10,7 @@ import pytest
 import torch
 from backbones import tiny_qwenimage as tiny
 from backbones._case import randomize, seeded
-from backbones._runs import METHODS, check_run
+from backbones._runs import METHODS, check_run, recorded_passes
 from diffusers import (
     QwenImageControlNetModel,
     QwenImageControlNetPipeline,
@@ -136,6 +136,16 @@ def test_text_to_image(branch: str, places: Any, dtype: torch.dtype) -> None:
     pipe = tiny.make_pipeline().to(dtype)
     run = lambda: tiny.call(pipe, ["a red dog", "the sky"])  # noqa: E731
     check_run(pipe, run, EMBEDS, (1, 5, 3), places, passes=6, branch=branch)
+
+
+def test_timesteps_are_those_that_the_pipeline_hands_over() -> None:
+    pipe = tiny.make_pipeline().to(torch.bfloat16)
+    with recorded_passes(pipe.transformer) as passes:
+        tiny.call(pipe, ["a red dog"], negative_prompt=None, num_inference_steps=20)
+    handed = torch.cat([seen["timestep"] for seen in passes])
+    scheduled = pipe.scheduler.timesteps
+    assert torch.equal(BACKBONE.timesteps(scheduled, torch.bfloat16), handed)
+    assert not torch.equal((scheduled / 1000).to(torch.bfloat16), handed)
 
 
 def test_without_guidance(pipe: QwenImagePipeline) -> None:
