@@ -51,8 +51,8 @@ class RunTracker:
     """Follows the runs of one pipeline, or counts the forward passes of a bare transformer.
 
     A pipeline's scheduler gets a new `timesteps` tensor at the start of every run, and most pipelines write the
-    timestep they work on, a new object in every step, into `_current_timestep` and clear it at the end: the identities
-    of these objects tell run and step. Which forward passes are the pipeline's own, and no other pipeline's with the
+    timestep they work on, a new object in every step, into `_current_timestep` and clear it at the end (Cosmos 2.5
+    writes its number): the identities of these objects tell run and step. Which forward passes are the pipeline's own, and no other pipeline's with the
     same transformer, the timestep tells that the transformer is given:
 
     - It is a view of what the pipeline has written, even if a run that raised has left that behind, or of the
@@ -99,7 +99,7 @@ class RunTracker:
             self._step += 1
             return Place(self._step, None, self._step == 0, batch)
         own = self._own()
-        if not isinstance(own, torch.Tensor) or not isinstance(timestep, torch.Tensor):
+        if own is None or not isinstance(timestep, torch.Tensor):
             return None
         mark = self._mark_of(own, timestep)
         if mark is None:
@@ -136,20 +136,21 @@ class RunTracker:
             )
         return self._place(starts_run=False, branch="uncond")
 
-    def _mark_of(self, own: torch.Tensor, timestep: torch.Tensor) -> tuple[int, int] | None:
+    def _mark_of(self, own: object, timestep: torch.Tensor) -> tuple[int, int] | None:
         """What all passes of a step have in common and those of no other; None if the pipeline does not make it."""
-        if _share(own, timestep):
+        if isinstance(own, torch.Tensor) and _share(own, timestep):
             return id(own), 0 if self._writes else timestep.data_ptr()
         if own is self._left:
             return None
         schedule: torch.Tensor = self._pipe.scheduler.timesteps
-        if self._writes and own.ndim == 1:
+        if self._writes and isinstance(own, torch.Tensor) and own.ndim == 1:
             return self._check_frames(own, timestep, schedule)
-        handed = self._backbone.timesteps(schedule.to(timestep.device), timestep.dtype)
+        handed = self._backbone.handed_timesteps(self._pipe, schedule.to(timestep.device), timestep.dtype)
         if handed is None:
             return None
-        # Where tokens have timesteps of their own, the largest: frames that are given have smaller ones.
-        found = (handed == timestep.amax()).nonzero().flatten().tolist()
+        # Where tokens have timesteps of their own, the largest: frames that are given have smaller ones. The smallest
+        # where these frames keep some noise, and the others have less in the end.
+        found = _places(handed, timestep.amax()) or _places(handed, timestep.amin())
         return self._check_written(own, schedule, found) if self._writes else self._check_next(schedule, found)
 
     def _check_frames(
@@ -168,11 +169,14 @@ class RunTracker:
         # The first frames may be noised anew, and then have another timestep than the one it has written.
         return (id(own), 0) if bool(timestep[0, -1] == own[-1]) else None
 
-    def _check_written(self, own: torch.Tensor, schedule: torch.Tensor, found: list[int]) -> tuple[int, int] | None:
+    def _check_written(self, own: object, schedule: torch.Tensor, found: list[int]) -> tuple[int, int] | None:
         """The timestep handed over has to be the one that the pipeline has written, at one of the places `found`."""
-        place = (own.storage_offset() - schedule.storage_offset()) // schedule.stride(0)
-        if place in found if _share(own, schedule) else found:
-            return id(own), 0
+        if isinstance(own, torch.Tensor) and _share(own, schedule):
+            place = (own.storage_offset() - schedule.storage_offset()) // schedule.stride(0)
+            found = [place] if place in found else []
+        if found:
+            # A number may be the same object in two runs, whose schedules are not.
+            return id(own), 0 if isinstance(own, torch.Tensor) else id(schedule)
         if own is self._current:  # the step has begun: this is somebody else's pass
             return None
         raise self._unknown("is not the one it has written")
@@ -194,6 +198,12 @@ class RunTracker:
             f"cannot be told. Use the transformer for nothing else while the pipeline runs, and fewer steps or "
             f"float32 where timesteps are rounded to the same number; or trace the transformer itself"
         )
+
+
+def _places(handed: torch.Tensor, value: torch.Tensor) -> list[int]:
+    """Which steps that value is handed over in, in any of the ways `[..., step]`."""
+    places: list[int] = (handed == value).reshape(-1, handed.shape[-1]).any(0).nonzero().flatten().tolist()
+    return places
 
 
 def _share(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -57,6 +57,11 @@ def per_token(t: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
     return torch.stack([0 * thousandths(t, latents), thousandths(t, latents)], dim=1)
 
 
+def per_noisy_token(t: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """The first frame is given, and keeps half of the noise."""
+    return torch.stack([0 * thousandths(t, latents) + 0.5, thousandths(t, latents)], dim=1)
+
+
 class SilentLoop:
     """The denoising loop of diffusers' pipelines with guidance in two passes; it tells nobody where it is."""
 
@@ -120,6 +125,13 @@ class MirroredLoop(WritingLoop):
         self._current_timestep = None if t is None else 1000 - t
 
 
+class NumberLoop(WritingLoop):
+    """Some (Cosmos 2.5) write a number, no tensor."""
+
+    def write(self, t: torch.Tensor | None) -> None:
+        self._current_timestep = None if t is None else t.item()  # type: ignore[assignment]
+
+
 class ViewLoop(WritingLoop):
     """As those of Wan."""
 
@@ -132,7 +144,13 @@ class PerTokenLoop(WritingLoop):
     hand_over = staticmethod(per_token)
 
 
-LOOPS = [SilentLoop, WritingLoop, MirroredLoop]
+class PerNoisyTokenLoop(WritingLoop):
+    """As those that add noise to it."""
+
+    hand_over = staticmethod(per_noisy_token)
+
+
+LOOPS = [SilentLoop, WritingLoop, MirroredLoop, NumberLoop]
 
 
 @pytest.fixture
@@ -268,15 +286,17 @@ def test_another_pipeline_after_a_run_that_failed(loop: type[SilentLoop], transf
             maps.get()
 
 
-def test_tokens_with_timesteps_of_their_own(transformer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("loop", [PerTokenLoop, PerNoisyTokenLoop])
+def test_tokens_with_timesteps_of_their_own(loop: type[SilentLoop], transformer: Any) -> None:
     stock = type(transformer.time_proj).forward
     transformer.time_proj.forward = lambda t: stock(transformer.time_proj, t.mean(1) if t.ndim == 2 else t)
-    pipe = PerTokenLoop(transformer)
+    pipe = loop(transformer)
     calls = calls_of(transformer, pipe)
     assert calls[0][2].shape == (2, 2)
-    with trace(pipe, steps=[1]) as maps:
-        pipe()
-    assert_same(maps, maps_of(transformer, calls[2:3]))
+    for step in range(STEPS):
+        with trace(pipe, steps=[step]) as maps:
+            pipe()
+        assert_same(maps, maps_of(transformer, calls[2 * step : 2 * step + 1]))
 
 
 @pytest.mark.parametrize("loop", LOOPS)

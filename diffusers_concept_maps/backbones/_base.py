@@ -196,6 +196,19 @@ class Backbone(ABC):
         """
         return None
 
+    def handed_timesteps(self, pipe: Any, scheduled: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+        """As `timesteps`, where it depends on the pipeline or its scheduler as well.
+
+        Args:
+            pipe: the pipeline.
+            scheduled: its scheduler's timesteps `[step]`.
+            dtype: of what was handed over.
+
+        Returns:
+            `[step]`, or `[way, step]` where the family's pipelines do it in several ways.
+        """
+        return self.timesteps(scheduled, dtype)
+
     def geometry(self, transformer: Any) -> dict[str, int]:
         """How token frames relate to video frames, for `ConceptMaps.upsample`.
 
