@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from diffusers.utils import logging
 
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
@@ -97,3 +98,18 @@ def word_tokens(tokenizer: Any, text: str, limit: int | None) -> int:
             f"Concept {text!r} has words that the tokenizer does not know; its map will say little of them."
         )
     return len(tokens)
+
+
+def words_first(states: torch.Tensor, spans: Sequence[Sequence[tuple[int, int]]]) -> tuple[torch.Tensor, list[int]]:
+    """States of texts behind a template, with those of the words in front.
+
+    Args:
+        states: `[text, token, width]`.
+        spans: the characters of its text that each token covers, for every text.
+
+    Returns:
+        `[text, token, width]` and the number of tokens of every text that cover some of its characters.
+    """
+    rows = [[row for row, (start, stop) in enumerate(own) if stop > start] for own in spans]
+    moved = [state.roll(-own[0], 0) for state, own in zip(states, rows, strict=True)]
+    return torch.stack(moved), [len(own) for own in rows]

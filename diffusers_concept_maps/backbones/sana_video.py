@@ -20,7 +20,7 @@ from diffusers.models.transformers.transformer_sana_video import SanaAttnProcess
 from diffusers_concept_maps.backbones._base import CrossBackbone, Grid, Site
 from diffusers_concept_maps.errors import ConceptMapsError
 from diffusers_concept_maps.processors._base import ConceptProcessor
-from diffusers_concept_maps.tokens import token_spans, word_tokens
+from diffusers_concept_maps.tokens import token_spans, word_tokens, words_first
 
 _TEXT_TOKENS = 300
 _LTX2_CHANNELS = 128
@@ -57,12 +57,7 @@ class SanaVideoBackbone(CrossBackbone):
             states, *_ = pipe.encode_prompt(
                 texts, False, max_sequence_length=length, complex_human_instruction=_instruction(pipe)
             )
-        words = [
-            [row for row, (start, stop) in enumerate(self.token_spans(pipe, text, length)) if stop > start]
-            for text in texts
-        ]
-        own = [state.roll(-rows[0], 0) for state, rows in zip(states, words, strict=True)]
-        return torch.stack(own), [len(rows) for rows in words]
+        return words_first(states, [self.token_spans(pipe, text, length) for text in texts])
 
     def token_spans(self, pipe: Any, prompt: str, length: int) -> list[tuple[int, int]]:
         """See `Backbone.token_spans`.

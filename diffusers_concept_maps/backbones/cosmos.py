@@ -1,0 +1,207 @@
+"""Cosmos 1, Cosmos Predict 2 and 2.5, and Transfer 2.5.
+
+Self-attention of the video, then cross-attention to a text that no block updates and that has no positions: states of
+T5 as they are, or, in 2.5, those of all layers of Qwen behind the model's projection. Concepts are projected alike and
+have keys in every block. The image context of 2.5 has an attention of its own, of which maps say nothing; frames that
+are given are part of the grid. Of a transfer in several chunks the maps are those of the last one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers.transformer_cosmos import CosmosAttnProcessor2_0, CosmosAttnProcessor2_5
+
+from diffusers_concept_maps.backbones._base import CrossBackbone, Grid, Site
+from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
+from diffusers_concept_maps.processors._base import ConceptProcessor
+from diffusers_concept_maps.tokens import token_spans, word_tokens, words_first
+
+_TEXT_TOKENS = 512
+_SYSTEM_PROMPT = "You are a helpful assistant who will provide prompts to an image generator."
+"""What the pipelines of Cosmos 2.5 put in front of every prompt."""
+
+
+class CosmosBackbone(CrossBackbone):
+    """All of them; 2.5 is told by its text projection, 1 by its learned positions."""
+
+    transformer_classes: ClassVar[tuple[str, ...]] = ("CosmosTransformer3DModel",)
+    batched_guidance: ClassVar[bool] = False
+
+    def sites(self, transformer: Any) -> list[Site]:
+        """See `Backbone.sites`."""
+        return [Site(block, block.attn2) for block in transformer.transformer_blocks]
+
+    def heads(self, transformer: Any) -> int:
+        """See `Backbone.heads`."""
+        return int(transformer.config.num_attention_heads)
+
+    def text_width(self, transformer: Any) -> int:
+        """See `Backbone.text_width`."""
+        config = transformer.config
+        return int(config.crossattn_proj_in_channels if config.use_crossattn_projection else config.text_embed_dim)
+
+    def encode(self, pipe: Any, texts: list[str], length: int | None) -> tuple[torch.Tensor, list[int]]:
+        """See `Backbone.encode`; Qwen reads every concept where a prompt would be in its conversation."""
+        if pipe.text_encoder is None or pipe.tokenizer is None:
+            raise ConceptMapsError(
+                f"this {type(pipe).__name__} has no tokenizer or text encoder to encode the concepts with; "
+                f"pass concept_embeds instead"
+            )
+        length = length or _TEXT_TOKENS
+        converses = pipe.transformer.config.use_crossattn_projection
+        counts = [word_tokens(pipe.tokenizer, text, None if converses else length) for text in texts]
+        spans = [self.token_spans(pipe, text, length) for text in texts]
+        for text, own in zip(texts, spans, strict=True):
+            if max(stop for _, stop in own) < len(text):
+                raise ConceptMapsValueError(f"concept {text!r} does not fit into {length} tokens; shorten it")
+        with torch.no_grad(), torch.random.fork_rng(enabled=pipe.text_encoder.training):
+            states, _ = pipe.encode_prompt(texts, do_classifier_free_guidance=False, max_sequence_length=length)
+        return words_first(states, spans) if converses else (states, counts)
+
+    def token_spans(self, pipe: Any, prompt: str, length: int) -> list[tuple[int, int]]:
+        """See `Backbone.token_spans`; in 2.5 the tokens of a conversation, the prompt among them."""
+        if not pipe.transformer.config.use_crossattn_projection:
+            return token_spans(pipe.tokenizer, prompt, length)
+        place = _conversation(pipe.tokenizer, "\0").index("\0")
+        encoded = pipe.tokenizer(
+            _conversation(pipe.tokenizer, prompt),
+            add_special_tokens=False,
+            max_length=length,
+            truncation=True,
+            padding="max_length",
+            return_offsets_mapping=True,
+        )
+        inside = [(max(start - place, 0), min(stop - place, len(prompt))) for start, stop in encoded.offset_mapping]
+        return [(start, stop) if start < stop else (0, 0) for start, stop in inside]
+
+    def grid(self, transformer: Any, call: Mapping[str, Any]) -> Grid:
+        """See `Backbone.grid`; latents are `[batch, channel, frame, height, width]`."""
+        _, _, frames, height, width = call["hidden_states"].shape
+        patch = transformer.config.patch_size
+        return Grid(frames // patch[0], height // patch[1], width // patch[2])
+
+    def text_length(self, call: Mapping[str, Any]) -> int:
+        """See `Backbone.text_length`; text comes with an image context or alone."""
+        return int(_text_of(call["encoder_hidden_states"]).shape[1])
+
+    def handed_timesteps(self, pipe: Any, scheduled: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """See `Backbone.handed_timesteps`.
+
+        The timestep (1), what the sigma is as one of a flow (2), the sigma (2.5), and the sigma in the dtype of the
+        transformer (Transfer 2.5).
+        """
+        sigmas = pipe.scheduler.sigmas[: len(scheduled)].to(scheduled.device)
+        ways = (scheduled, sigmas / (sigmas + 1), sigmas, sigmas.to(pipe.transformer.dtype))
+        return torch.stack([way.to(dtype) for way in ways])
+
+    def geometry(self, transformer: Any) -> dict[str, int]:
+        """See `Backbone.geometry`; Cosmos 1 has an autoencoder of its own."""
+        config = transformer.config
+        return {
+            "frames_per_latent": 8 if config.extra_pos_embed_type == "learnable" else 4,
+            "latents_per_token": int(config.patch_size[0]),
+        }
+
+    def context(
+        self, transformer: Any, embeds: torch.Tensor, like: torch.Tensor, call: Mapping[str, Any], rows: slice
+    ) -> torch.Tensor:
+        """See `CrossBackbone.context`."""
+        embeds = embeds.to(like)
+        if transformer.config.use_crossattn_projection:
+            embeds = transformer.crossattn_proj(embeds)
+        return embeds
+
+
+def _text_of(context: Any) -> torch.Tensor:
+    return cast(torch.Tensor, context[0] if isinstance(context, tuple) else context)
+
+
+def _conversation(tokenizer: Any, prompt: str) -> str:
+    """What Qwen is given to read."""
+    said = {"system": _SYSTEM_PROMPT, "user": prompt}
+    turns = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said.items()]
+    rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=False, add_vision_id=False)
+    return cast(str, rendered)
+
+
+class _CosmosProcessor(ConceptProcessor):
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: Any = None,
+        attention_mask: Any = None,
+        image_rotary_emb: Any = None,
+    ) -> torch.Tensor:
+        """Attention of video `[batch, N, width]` to text `[batch, T, width]` and, beside it, to an image context."""
+        recorder = self.recorder
+        if recorder is None or encoder_hidden_states is None or not recorder.records(attn):
+            stock: Any = super()
+            return cast(
+                torch.Tensor,
+                stock.__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb),
+            )
+        text, image, mask, image_mask = self._contexts(encoder_hidden_states, attention_mask)
+        query = attn.norm_q(_split_heads(attn, attn.to_q(hidden_states)))
+        key, value = _project_key(attn, text), _split_heads(attn, attn.to_v(text))
+        output = _attend(query, key, value, mask)
+        states = output.flatten(2, 3).type_as(query)
+        if image is not None:
+            states = states + _read_image(attn, hidden_states, image, image_mask)
+        states = attn.to_out[1](attn.to_out[0](states))
+        recorder.observe_crossing(
+            attn, query, output.transpose(1, 2), key, lambda context: _project_key(attn, context)
+        )
+        return cast(torch.Tensor, states)
+
+    def _contexts(self, context: Any, mask: Any) -> tuple[Any, Any, Any, Any]:
+        """Text, image context and their masks."""
+        return context, None, mask, None
+
+
+class ConceptCosmosAttnProcessor2_0(_CosmosProcessor, CosmosAttnProcessor2_0):
+    """Drop-in for `CosmosAttnProcessor2_0`, in its order of operations."""
+
+    stock: ClassVar[type | None] = CosmosAttnProcessor2_0
+
+
+class ConceptCosmosAttnProcessor2_5(_CosmosProcessor, CosmosAttnProcessor2_5):
+    """Drop-in for `CosmosAttnProcessor2_5`, in its order of operations."""
+
+    stock: ClassVar[type | None] = CosmosAttnProcessor2_5
+
+    def _contexts(self, context: Any, mask: Any) -> tuple[Any, Any, Any, Any]:
+        return (*context, *(mask or (None, None)))
+
+
+def _split_heads(attn: Attention, states: torch.Tensor) -> torch.Tensor:
+    """`[batch, token, width]` to `[batch, H, token, D]`."""
+    return cast(torch.Tensor, states.unflatten(2, (attn.heads, -1))).transpose(1, 2)
+
+
+def _project_key(attn: Attention, text: torch.Tensor) -> torch.Tensor:
+    return cast(torch.Tensor, attn.norm_k(_split_heads(attn, attn.to_k(text))))
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any) -> torch.Tensor:
+    """Attention output `[batch, N, H, D]` of `[batch, H, token, D]`; the host's way for fewer heads of text."""
+    key = key.repeat_interleave(query.size(3) // key.size(3), dim=3)
+    value = value.repeat_interleave(query.size(3) // value.size(3), dim=3)
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return cast(torch.Tensor, dispatch_attention_fn(query, key, value, attn_mask=mask, dropout_p=0.0, is_causal=False))
+
+
+def _read_image(attn: Any, hidden_states: torch.Tensor, image: torch.Tensor, mask: Any) -> torch.Tensor:
+    """What the video reads in the image context `[batch, N, width]`."""
+    query = attn.q_img_norm(_split_heads(attn, attn.q_img(hidden_states)))
+    key = attn.k_img_norm(_split_heads(attn, attn.k_img(image)))
+    output = _attend(query, key, _split_heads(attn, attn.v_img(image)), mask)
+    return output.flatten(2, 3).type_as(query)
+
+
+BACKBONE = CosmosBackbone()
