@@ -9,6 +9,7 @@ frame are part of the grid; conditions at later frames are tokens in front of it
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -148,9 +149,13 @@ class ConceptLTXVideoAttnProcessor(ConceptProcessor, LTXVideoAttnProcessor):
             query.transpose(1, 2),
             output.transpose(1, 2),
             key.transpose(1, 2),
-            lambda context: _project_key(attn, context).transpose(1, 2),
+            partial(self.project_key, attn),
         )
         return cast(torch.Tensor, result)
+
+    def project_key(self, attn: LTXAttention, text: torch.Tensor) -> torch.Tensor:
+        """See `ConceptProcessor.project_key`."""
+        return _project_key(attn, text).transpose(1, 2)
 
 
 def _split_heads(attn: LTXAttention, states: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+from diffusers_concept_maps.errors import ConceptMapsError
+
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from diffusers_concept_maps.compiled import Relay
@@ -34,6 +37,17 @@ class ConceptProcessor:
     def serves(cls, attention: nn.Module, has_text: bool) -> bool:
         """Whether a module that is called with or without text is one whose stock processor is `stock`."""
         return False
+
+    def project_key(self, attn: Any, text: torch.Tensor) -> torch.Tensor:
+        """Keys `[row, H, text, D]` of text as a cross-attention takes it `[row, text, width]`; in graphs needed alone.
+
+        Raises:
+            ConceptMapsError: the processor does not say.
+        """
+        raise ConceptMapsError(
+            f"{type(self).__name__} has no `project_key`, so that it cannot be traced where torch.compile has compiled "
+            f"it; trace the model without torch.compile"
+        )
 
 
 @cache
