@@ -52,8 +52,8 @@ class RunTracker:
 
     A pipeline's scheduler gets a new `timesteps` tensor at the start of every run, and most pipelines write the
     timestep they work on, a new object in every step, into `_current_timestep` and clear it at the end (Cosmos 2.5
-    writes its number): the identities of these objects tell run and step. Which forward passes are the pipeline's own, and no other pipeline's with the
-    same transformer, the timestep tells that the transformer is given:
+    writes its number): the identities of these objects tell run and step. Which forward passes are the pipeline's own,
+    and no other pipeline's with the same transformer, the timestep tells that the transformer is given:
 
     - It is a view of what the pipeline has written, even if a run that raised has left that behind, or of the
       scheduler's timesteps where the pipeline writes nothing (ConsisID); such a pipeline must not share its scheduler

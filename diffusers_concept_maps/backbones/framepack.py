@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from math import ceil
+from math import ceil, prod
 from typing import Any, ClassVar
 
 from diffusers_concept_maps.backbones._base import Grid, Preset
