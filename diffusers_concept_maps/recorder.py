@@ -12,13 +12,13 @@ from torch import nn
 
 from diffusers_concept_maps.backbones import Backbone, CrossBackbone, Grid, JoiningBackbone, JointBackbone, Site
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
-from diffusers_concept_maps.heads import HeadSelection, head_mask
 from diffusers_concept_maps.methods import LayerTaps
 from diffusers_concept_maps.one_pass import JoinedConcepts, check_call
 from diffusers_concept_maps.plan import CapturePlan
 from diffusers_concept_maps.progress import Place, RunTracker
 from diffusers_concept_maps.prompt import TextRows
 from diffusers_concept_maps.results import Results
+from diffusers_concept_maps.scoring import LayerPlace, score_layer
 from diffusers_concept_maps.stream import ConceptStream, FixedConcepts, Heads
 
 logger = logging.get_logger(__name__)
@@ -66,6 +66,10 @@ class _Pass:
     words: TextRows | None = None
     multiplicity: torch.Tensor | None = None
     arguments: Mapping[str, Any] | None = None
+
+    def place_of(self, layer: int) -> LayerPlace:
+        """Where the maps of a layer belong."""
+        return LayerPlace(self.step, layer, self.branches)
 
 
 class Recorder:
@@ -249,7 +253,7 @@ class Recorder:
             frames=current.grid.frames,
             multiplicity=current.multiplicity,
         )
-        self._score(current, layer, taps)
+        score_layer(self._plan, self.results, current.place_of(layer), taps, current.words)
 
     @torch.no_grad()
     def observe_crossing(
@@ -283,7 +287,7 @@ class Recorder:
             *(None, key, None, None),
             frames=current.grid.frames,
         )
-        self._score(current, layer, taps)
+        score_layer(self._plan, self.results, current.place_of(layer), taps, current.words)
 
     def _start_concepts(
         self, current: _Pass, present: Mapping[str, slice], text_length: int, device: torch.device
@@ -369,35 +373,3 @@ class Recorder:
                 f"[{videos}, concept, {embeds.shape[2]}] or [concept, {embeds.shape[2]}]"
             )
         return torch.cat([embeds] * len(branches))
-
-    def _score(self, current: _Pass, layer: int, taps: LayerTaps) -> None:
-        masks: dict[object, torch.Tensor] = {}
-        methods = self._plan.reading(layer)
-        taps.selects_heads = any(isinstance(plan.heads, HeadSelection) for plan in methods.values())
-        with torch.autocast(taps.image_query.device.type, enabled=False):
-            for name, plan in methods.items():
-                if plan.heads not in masks:
-                    masks[plan.heads] = head_mask(plan.heads, taps)
-                scores = self._finish(current, name, taps, masks[plan.heads])
-                for branch, rows in current.branches.items():
-                    self.results.add(branch, name, current.step, layer, scores[rows])
-                if "head" in self._plan.detail:
-                    self._score_heads(current, name, layer, taps)
-
-    def _score_heads(self, current: _Pass, name: str, layer: int, taps: LayerTaps) -> None:
-        """The map of every head by itself, whether the method would choose it or not."""
-        for head in range(taps.image_query.shape[1]):
-            only = taps.head(head)
-            scores = self._finish(current, name, only, torch.ones_like(only.image_query[:, :, 0, 0]).float())
-            for branch, rows in current.branches.items():
-                self.results.add_head(branch, name, current.step, layer, head, scores[rows])
-
-    def _finish(self, current: _Pass, name: str, taps: LayerTaps, heads: torch.Tensor) -> torch.Tensor:
-        """Score, softmax and read-out of the concepts `[R, C, N]`."""
-        plan, softmax = self._plan.methods[name], self._plan.has_softmax(name)
-        scores = plan.method.score(taps, heads, plan.rules)
-        if softmax and self._plan.parity is not None:
-            weights = 0.0 if taps.multiplicity is None else taps.multiplicity.log()[:, None]
-            scores = (scores + weights).softmax(1)
-        scores = scores[:, : len(self._plan.names)] if current.words is None else current.words.merge(scores)
-        return scores.softmax(1) if softmax and self._plan.parity is None else scores

@@ -133,7 +133,7 @@ def fail_behind_attention(pipe: CogVideoXPipeline, patch: pytest.MonkeyPatch) ->
 
 
 def fail_in_scoring(pipe: CogVideoXPipeline, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(recorder.Recorder, "_score", boom)
+    patch.setattr(recorder, "score_layer", boom)
 
 
 def fail_in_scheduler(pipe: CogVideoXPipeline, patch: pytest.MonkeyPatch) -> None:
