@@ -21,13 +21,14 @@ def words_of(prompt: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(_WORD.findall(prompt)))
 
 
-def token_spans(tokenizer: Any, prompt: str, length: int) -> list[tuple[int, int]]:
+def token_spans(tokenizer: Any, prompt: str, length: int, **options: Any) -> list[tuple[int, int]]:
     """The characters `(start, stop)` of a prompt that each of its tokens covers; marks that are added cover none.
 
     Args:
         tokenizer: the pipeline's.
         prompt: the text that is encoded.
         length: number of tokens that it is cut to.
+        options: further arguments of the tokenizer.
 
     Raises:
         ConceptMapsError: the tokenizer cannot tell.
@@ -37,7 +38,7 @@ def token_spans(tokenizer: Any, prompt: str, length: int) -> list[tuple[int, int
             f"{type(tokenizer).__name__} does not tell which characters a token covers; pass "
             f"prompt_tokens={{word: positions}}"
         )
-    encoded = tokenizer(prompt, truncation=True, max_length=length, return_offsets_mapping=True)
+    encoded = tokenizer(prompt, truncation=True, max_length=length, return_offsets_mapping=True, **options)
     return list(encoded.offset_mapping)
 
 

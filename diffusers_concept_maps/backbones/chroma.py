@@ -1,13 +1,13 @@
 """Chroma, a FLUX.1 without CLIP: text is T5's alone, and modulation comes from the timestep.
 
-Attention is that of FLUX.1, with its processor. Blocks of one stream are handed text and image as one tensor. It
-masks the padding of the prompt but for its first token; concepts see no mask. True guidance is in two passes.
+Attention is that of FLUX.1, with its processor. Blocks of one stream are handed text and image as one tensor. The
+padding of the prompt is masked but for its first token; concepts see no mask. True guidance is in two passes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -62,10 +62,6 @@ class ChromaBackbone(FluxBackbone):
             "temb": arguments["temb"].expand(batch, -1, -1)[rows],
             "image_rotary_emb": first_position(arguments["image_rotary_emb"]),
         }
-
-    def leave(self, block: nn.Module, block_output: Any) -> torch.Tensor:
-        """See `JointBackbone.leave`; a block returns text, then image, or both as one."""
-        return cast(torch.Tensor, block_output if isinstance(block_output, torch.Tensor) else block_output[0])
 
 
 BACKBONE = ChromaBackbone()

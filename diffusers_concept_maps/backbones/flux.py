@@ -8,7 +8,7 @@ Kontext is behind the image that is made, and left out of the maps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, cast
 
 import torch
@@ -83,7 +83,10 @@ class FluxBackbone(JointBackbone):
         return scheduled.to(dtype) / 1000
 
     def grid(self, transformer: Any, call: Mapping[str, Any]) -> Grid:
-        """See `Backbone.grid`; latents are packed, and only the positions of the tokens tell their rows."""
+        """See `Backbone.grid`.
+
+        Latents are packed, and only the positions of the tokens tell their rows: for these a device waits once.
+        """
         return grid_of(call["img_ids"])
 
     def enter(
@@ -112,8 +115,8 @@ class FluxBackbone(JointBackbone):
         }
 
     def leave(self, block: nn.Module, block_output: Any) -> torch.Tensor:
-        """See `JointBackbone.leave`; a block returns text, then image."""
-        return cast(torch.Tensor, block_output[0])
+        """See `JointBackbone.leave`; a block returns text, then image, or both as one."""
+        return cast(torch.Tensor, block_output if isinstance(block_output, torch.Tensor) else block_output[0])
 
 
 def grid_of(ids: torch.Tensor, start: int = 0) -> Grid:
@@ -136,11 +139,45 @@ def first_position(rotary: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Ten
     return cos[:1], sin[:1]
 
 
-class StreamsProcessor(ConceptProcessor):
-    """Drop-in for attention over `[text | image]` whose heads are `[batch, token, head, width]`, fused or not."""
+Shown = tuple[torch.Tensor, ...]
+"""Query, key, value and output of text and image `[batch, token, head, width]`."""
+
+Attend = Callable[[list[torch.Tensor], int], tuple[torch.Tensor, Shown]]
+"""From query, key and value, and the number of text tokens in front, to the output and to what the call shows."""
+
+
+class DispatchProcessor(ConceptProcessor):
+    """Drop-in for attention through the host's dispatcher, with heads `[batch, token, head, width]`."""
 
     _attention_backend: Any
     _parallel_config: Any
+
+    def attend(self, mask: torch.Tensor | None) -> Attend:
+        """Attention over all tokens, by the user's backend."""
+
+        def attend(heads: list[torch.Tensor], text: int) -> tuple[torch.Tensor, Shown]:
+            output = dispatch_attention_fn(
+                *heads, attn_mask=mask, backend=self._attention_backend, parallel_config=self._parallel_config
+            )
+            return output, (*heads, output)
+
+        return attend
+
+    def answer(self, heads: list[torch.Tensor]) -> torch.Tensor:
+        """Attention output of concepts `[row, concept, width]`, from their query, key and value."""
+        assert self.recorder is not None  # it is answering
+        output = self.recorder.answer(*(tensor.transpose(1, 2) for tensor in heads))
+        return output.transpose(1, 2).flatten(2, 3)
+
+    def show(self, attn: Any, shown: Shown, text: int) -> None:
+        """Let the capture observe the call."""
+        assert self.recorder is not None  # it records
+        heads = (tensor.transpose(1, 2) for tensor in shown)
+        self.recorder.observe(attn, *heads, text=slice(0, text), image=slice(text, None))
+
+
+class StreamsProcessor(DispatchProcessor):
+    """Drop-in for attention over `[text | image]`, fused or not, as two streams or as one."""
 
     def __call__(
         self,
@@ -151,32 +188,35 @@ class StreamsProcessor(ConceptProcessor):
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> Any:
         """Image `[batch, N, width]` and text `[batch, T, width]` in, the same out; without text, both as one."""
-        recorder, text = self.recorder, encoder_hidden_states
-        if recorder is None or not recorder.records(attn):
+        if self.recorder is None or not self.recorder.records(attn):
             stock: Any = super()
-            return stock.__call__(attn, hidden_states, text, attention_mask, image_rotary_emb)
-        if recorder.answering:
-            own = _project(attn, hidden_states) if text is None else _project_text(attn, text)
-            answer = recorder.answer(*(tensor.transpose(1, 2) for tensor in _turn(own, image_rotary_emb)))
-            states = answer.transpose(1, 2).flatten(2, 3)
-            return states if text is None else (hidden_states, attn.to_add_out(states))
-        joint = _project(attn, hidden_states)
+            return stock.__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        attend = self.attend(attention_mask)
+        return self.trace(attn, hidden_states, encoder_hidden_states, image_rotary_emb, attend)
+
+    def trace(
+        self,
+        attn: Any,
+        image: torch.Tensor,
+        text: torch.Tensor | None,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        attend: Attend,
+    ) -> Any:
+        """A call that is recorded, or the nested one of the concepts."""
+        assert self.recorder is not None  # it records
+        if self.recorder.answering:
+            own = _project(attn, image) if text is None else _project_text(attn, text)
+            states = self.answer(turn_heads(own, rotary))
+            return states if text is None else (image, attn.to_add_out(states))
+        joint = _project(attn, image)
         if text is not None:
             joint = [torch.cat(pair, dim=1) for pair in zip(_project_text(attn, text), joint, strict=True)]
-        query, key, value = _turn(joint, image_rotary_emb)
-        output = dispatch_attention_fn(
-            query,
-            key,
-            value,
-            attn_mask=attention_mask,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )
-        count = recorder.text_tokens(attn) if text is None else text.shape[1]
-        states = output.flatten(2, 3).to(query.dtype)
+        heads = turn_heads(joint, rotary)
+        count = self.recorder.text_tokens(attn) if text is None else text.shape[1]
+        output, shown = attend(heads, count)
+        states = output.flatten(2, 3).to(heads[0].dtype)
         result = states if text is None else self.finish(attn, states[:, count:], states[:, :count])
-        heads = (tensor.transpose(1, 2) for tensor in (query, key, value, output))
-        recorder.observe(attn, *heads, text=slice(0, count), image=slice(count, None))
+        self.show(attn, shown, count)
         return result
 
     def finish(self, attn: Any, image: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -211,7 +251,7 @@ def _project_text(attn: Any, states: torch.Tensor) -> list[torch.Tensor]:
     return [attn.norm_added_q(query), attn.norm_added_k(key), value]
 
 
-def _turn(heads: list[torch.Tensor], rotary: tuple[torch.Tensor, torch.Tensor] | None) -> list[torch.Tensor]:
+def turn_heads(heads: list[torch.Tensor], rotary: tuple[torch.Tensor, torch.Tensor] | None) -> list[torch.Tensor]:
     """Query, key and value with the rotary embedding in the first two."""
     if rotary is None:
         return heads

@@ -15,9 +15,11 @@ from backbones import tiny_flux as tiny
 from backbones._run import METHODS, check_run, recorded, word_maps
 from backbones.golden_flux import Golden
 from diffusers import FluxControlNetModel
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 
 import diffusers_concept_maps as dcm
+from diffusers_concept_maps.backbones import flux
 from diffusers_concept_maps.backbones.flux import BACKBONE, grid_of
 from diffusers_concept_maps.parity import FLUX_CONCEPT_ATTENTION
 
@@ -136,6 +138,24 @@ def test_projections_that_are_fused_during_a_capture() -> None:
         maps.append(captured)
     for method in METHODS:
         assert torch.equal(maps[0].get(method), maps[1].get(method))
+
+
+def test_the_main_call_keeps_its_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    transformer, given, used = tiny.make_transformer(), tiny.inputs(2, 5, 1), []
+    for module in transformer.modules():
+        if hasattr(module, "processor"):
+            module.processor._attention_backend = AttentionBackendName._NATIVE_MATH
+    with torch.no_grad():
+        off = transformer(**given, return_dict=False)[0]
+
+    def note(*args: Any, **options: Any) -> torch.Tensor:
+        used.append(options["backend"])
+        return dispatch_attention_fn(*args, **options)
+
+    monkeypatch.setattr(flux, "dispatch_attention_fn", note)
+    with torch.no_grad(), dcm.trace(transformer, concept_embeds=EMBEDS):
+        assert torch.equal(transformer(**given, return_dict=False)[0], off)
+    assert used == [AttentionBackendName._NATIVE_MATH] * 4
 
 
 def encoded(pipe: Any, texts: list[str], length: int) -> torch.Tensor:
