@@ -106,10 +106,16 @@ def inputs(batch: int, text: int, seed: int) -> Inputs:
 
 @contextmanager
 def joining(transformer: Any, inputs: Inputs, embeds: torch.Tensor) -> Iterator[Inputs]:
-    """Concepts, each refined by itself, stand behind the text of the first block, and no padding mask hides them."""
+    """Concepts, each refined by itself."""
     timestep = inputs["timestep"]
     refined = [transformer.context_embedder(one.expand(len(timestep), 1, -1), timestep) for one in embeds]
-    concepts = torch.cat(refined, 1)
+    with behind_the_text(transformer, torch.cat(refined, 1)):
+        yield inputs
+
+
+@contextmanager
+def behind_the_text(transformer: Any, concepts: torch.Tensor) -> Iterator[None]:
+    """Concepts stand behind the text of the first block, and no padding mask hides them."""
     first = transformer.transformer_blocks[0]
 
     def extend(block: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -117,13 +123,13 @@ def joining(transformer: Any, inputs: Inputs, embeds: torch.Tensor) -> Iterator[
         if block is first:
             text = torch.cat([text, concepts], 1)
         if mask is not None:
-            mask = torch.cat([mask, mask.new_ones(*mask.shape[:-1], len(embeds))], -1)
+            mask = torch.cat([mask, mask.new_ones(*mask.shape[:-1], concepts.shape[1])], -1)
         return (video, text, time, mask, *others)
 
     blocks = [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", ())]
     hooks = [block.register_forward_pre_hook(extend) for block in blocks]
     try:
-        yield inputs
+        yield
     finally:
         for hook in hooks:
             hook.remove()
