@@ -130,7 +130,7 @@ class HunyuanVideoBackbone(JointBackbone):
         concepts = embeds.shape[1]
         timestep = call["timestep"].expand(like.shape[0])[rows].repeat_interleave(concepts)
         states = self.refine(transformer, embeds.to(like).flatten(0, 1)[:, None], timestep, None)
-        return torch.unflatten(states, 0, (-1, concepts)).squeeze(2)
+        return states.reshape(embeds.shape[0], concepts, -1)
 
     def enter_with_quirks(
         self,

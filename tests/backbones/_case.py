@@ -41,6 +41,7 @@ class Case:
         text_lengths: numbers of text tokens to try.
         start: image tokens in front of the grid.
         behind: image tokens behind the grid.
+        row_by_row: attention is called for every row of the batch by itself.
         joining: how concepts become text rows of the model itself, behind its own, seen by nobody thanks to the
             attention that `oracle` puts in place of PyTorch's; within the context, the arguments to call it with.
         pipeline: a new tiny stock pipeline around such a transformer, None if there is none.
@@ -60,6 +61,7 @@ class Case:
     text_lengths: tuple[int, ...] = (1, 5)
     start: int = 0
     behind: int = 0
+    row_by_row: bool = False
     joining: Callable[[Any, Inputs, torch.Tensor], AbstractContextManager[Inputs]] = append_to_text
     pipeline: Callable[[], Any] | None = None
     call: Callable[..., torch.Tensor] | None = None

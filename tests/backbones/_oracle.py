@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -33,8 +34,17 @@ def layer_taps(case: Case, inputs: Inputs, embeds: torch.Tensor) -> list[Taps]:
     joining = case.joining(transformer, inputs, embeds.double())
     with torch.no_grad(), joining as joined, recorded_attention(case, count) as layers:
         transformer(**joined)
-    assert len(layers) == case.layers, f"{len(layers)} attention calls with concepts, {case.layers} layers"
-    return [_split(case, layer, count) for layer in layers]
+    calls = inputs["hidden_states"].shape[0] if case.row_by_row else 1
+    expected = calls * case.layers
+    assert len(layers) == expected, f"{len(layers)} attention calls with concepts, expected {expected}"
+    taps = [_split(case, layer, count) for layer in layers]
+    return [_join_rows(taps[start : start + calls]) for start in range(0, expected, calls)]
+
+
+def _join_rows(rows: list[Taps]) -> Taps:
+    """The taps of calls that had a part of the batch each."""
+    names = [field.name for field in fields(Taps)]
+    return Taps(**{name: torch.cat([getattr(row, name) for row in rows]) for name in names})
 
 
 @contextmanager

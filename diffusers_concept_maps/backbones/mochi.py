@@ -1,0 +1,185 @@
+"""Mochi.
+
+Joint attention over video and text, video first, with projections of its own and a smaller width for text, which has
+no position. Attention is called for every row by itself, without the padding of its prompt. The text of the last block
+ends there, so that concepts are read from all blocks and carried through all but one. The transformer lists and sets no
+processors itself: `concept_attn_processors` finds them all the same, and `ConceptMapsMixin.set_attn_processor` sets them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
+
+import torch
+from diffusers.models.attention_processor import MochiAttention, MochiAttnProcessor2_0
+from torch import nn
+from torch.nn import functional
+
+from diffusers_concept_maps.backbones._base import Grid, JointBackbone, Site
+from diffusers_concept_maps.errors import ConceptMapsError
+from diffusers_concept_maps.processors._base import ConceptProcessor
+from diffusers_concept_maps.tokens import word_tokens
+
+_FRAMES_PER_LATENT = 6
+
+Projected = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Query, key and value `[batch, H, S, D]`."""
+
+
+class MochiBackbone(JointBackbone):
+    """Mochi 1; nothing is published of its layers."""
+
+    transformer_classes: ClassVar[tuple[str, ...]] = ("MochiTransformer3DModel",)
+
+    def sites(self, transformer: Any) -> list[Site]:
+        """See `Backbone.sites`."""
+        return [Site(block, block.attn1) for block in transformer.transformer_blocks]
+
+    def heads(self, transformer: Any) -> int:
+        """See `Backbone.heads`."""
+        return int(transformer.config.num_attention_heads)
+
+    def text_width(self, transformer: Any) -> int:
+        """See `Backbone.text_width`."""
+        return int(transformer.config.text_embed_dim)
+
+    def encode(self, pipe: Any, texts: list[str], length: int | None) -> tuple[torch.Tensor, list[int]]:
+        """See `Backbone.encode`; T5 has a mask here, so that padding is of no matter."""
+        if getattr(pipe, "tokenizer", None) is None or getattr(pipe, "text_encoder", None) is None:
+            raise ConceptMapsError(
+                f"this {type(pipe).__name__} has no tokenizer or text encoder to encode the concepts with; "
+                f"pass concept_embeds instead"
+            )
+        length = length or int(pipe.transformer.config.max_sequence_length)
+        counts = [word_tokens(pipe.tokenizer, text, length) for text in texts]
+        # Dropout of a text encoder that is being trained would draw from the global random state.
+        with torch.no_grad(), torch.random.fork_rng(enabled=pipe.text_encoder.training):
+            states, *_ = pipe.encode_prompt(texts, do_classifier_free_guidance=False, max_sequence_length=length)
+        return states, counts
+
+    def grid(self, transformer: Any, call: Mapping[str, Any]) -> Grid:
+        """See `Backbone.grid`; latents are `[batch, channel, frame, height, width]`."""
+        _, _, frames, height, width = call["hidden_states"].shape
+        patch = int(transformer.config.patch_size)
+        return Grid(frames, height // patch, width // patch)
+
+    def geometry(self, transformer: Any) -> dict[str, int]:
+        """See `Backbone.geometry`; the temporal factor is that of the family's VAE."""
+        return {"frames_per_latent": _FRAMES_PER_LATENT, "latents_per_token": 1}
+
+    def timesteps(self, scheduled: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """See `Backbone.timesteps`; the pipeline writes down another number, counted from the other end."""
+        return scheduled.to(dtype)
+
+    def enter(
+        self, transformer: Any, embeds: torch.Tensor, like: torch.Tensor, call: Mapping[str, Any], rows: slice
+    ) -> torch.Tensor:
+        """See `JointBackbone.enter`."""
+        return cast(torch.Tensor, transformer.time_embed.caption_proj(embeds.to(like)))
+
+    def reentry(
+        self, block: nn.Module, arguments: Mapping[str, Any], concepts: torch.Tensor, rows: slice
+    ) -> dict[str, Any]:
+        """See `JointBackbone.reentry`."""
+        video = arguments["hidden_states"]
+        return {
+            "hidden_states": video.new_empty(concepts.shape[0], 0, video.shape[2]),
+            "encoder_hidden_states": concepts,
+            "temb": arguments["temb"][rows],
+            "encoder_attention_mask": arguments["encoder_attention_mask"][rows],
+        }
+
+    def leave(self, block: nn.Module, block_output: Any) -> torch.Tensor:
+        """See `JointBackbone.leave`; a block returns video, then text, and the last one the text that it was given."""
+        return cast(torch.Tensor, block_output[1])
+
+
+class ConceptMochiAttnProcessor2_0(ConceptProcessor, MochiAttnProcessor2_0):
+    """Drop-in for `MochiAttnProcessor2_0`, in its order of operations."""
+
+    stock: ClassVar[type | None] = MochiAttnProcessor2_0
+
+    def __call__(
+        self,
+        attn: MochiAttention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> Any:
+        """Attention of `[video | text]`; video `[batch, N, width]` and text `[batch, T, text]` in, the same out."""
+        recorder = self.recorder
+        if recorder is None or not recorder.records(attn):
+            stock: Any = super()
+            return stock.__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        if recorder.answering:
+            output = recorder.answer(*_project_text(attn, encoder_hidden_states))
+            return hidden_states, _finish_text(attn, output.transpose(1, 2).flatten(2, 3))
+        video = _project_video(attn, hidden_states, image_rotary_emb)
+        text = _project_text(attn, encoder_hidden_states)
+        output = torch.cat(
+            [
+                _attend_row(*(tensor[row : row + 1] for tensor in (*video, *text)), attention_mask[row])
+                for row in range(hidden_states.shape[0])
+            ],
+            dim=0,
+        )
+        count = hidden_states.shape[1]
+        states, text_states = output.transpose(1, 2).flatten(2, 3).tensor_split([count], dim=1)
+        result = attn.to_out[1](attn.to_out[0](states)), _finish_text(attn, text_states)
+        query, key, value = (torch.cat(pair, dim=2) for pair in zip(video, text, strict=True))
+        recorder.observe(attn, query, key, value, output, text=slice(count, None), image=slice(0, count))
+        return result
+
+
+def _attend_row(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    text_query: torch.Tensor,
+    text_key: torch.Tensor,
+    text_value: torch.Tensor,
+    mask: torch.Tensor,
+) -> torch.Tensor:
+    """Attention outputs `[1, H, N + T, D]` of one row; those of its padding are zeros at the end."""
+    valid = torch.nonzero(mask.flatten(), as_tuple=False).flatten()
+    output = functional.scaled_dot_product_attention(
+        torch.cat([query, text_query[:, :, valid, :]], dim=2),
+        torch.cat([key, text_key[:, :, valid, :]], dim=2),
+        torch.cat([value, text_value[:, :, valid, :]], dim=2),
+        dropout_p=0.0,
+        is_causal=False,
+    )
+    return functional.pad(output, (0, 0, 0, query.shape[2] + text_query.shape[2] - output.shape[2]))
+
+
+def _project_video(
+    attn: MochiAttention, states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None
+) -> Projected:
+    query, key, value = (linear(states).unflatten(2, (attn.heads, -1)) for linear in (attn.to_q, attn.to_k, attn.to_v))
+    query, key = attn.norm_q(query), attn.norm_k(key)
+    if rotary is not None:
+        query, key = _rotate(query, *rotary), _rotate(key, *rotary)
+    return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+
+def _project_text(attn: MochiAttention, states: torch.Tensor) -> Projected:
+    linears = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+    query, key, value = (linear(states).unflatten(2, (attn.heads, -1)) for linear in linears)
+    query, key = attn.norm_added_q(query), attn.norm_added_k(key)
+    return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+
+def _rotate(states: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """Neighboring channels of `[batch, S, H, D]`, turned in float32 by angles `[S, H, D / 2]`."""
+    even, odd = states[..., 0::2].float(), states[..., 1::2].float()
+    turned = ((even * cosine - odd * sine).to(states.dtype), (even * sine + odd * cosine).to(states.dtype))
+    return torch.stack(turned, dim=-1).flatten(-2)
+
+
+def _finish_text(attn: MochiAttention, states: torch.Tensor) -> torch.Tensor:
+    return cast(torch.Tensor, attn.to_add_out(states)) if hasattr(attn, "to_add_out") else states
+
+
+BACKBONE = MochiBackbone()
