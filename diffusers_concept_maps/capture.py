@@ -49,6 +49,7 @@ class CaptureHandle:
         self._hooks: list[RemovableHandle] = []
         self._swapped: list[tuple[Any, Any, ConceptProcessor]] = []
         self._adopted: list[ConceptProcessor] = []
+        self._call: dict[str, Any] = {}
         self._patched: list[tuple[Any, str, Any, Any]] = []
         try:
             if self._prompt is not None:
@@ -84,7 +85,9 @@ class CaptureHandle:
         """Calls are replaced, because hooks would be compiled along with the module that they are of."""
         order = new_order()
         for layer, site in enumerate(sites):
-            relay = Relay(self._recorder, self._backbone, site, order, recorded=layer <= deepest)
+            relay = Relay(
+                self._recorder, self._backbone, site, call=self._call, order=order, recorded=layer <= deepest
+            )
             for attention in (site.attention, *site.others):
                 self._install(attention, relay)
             self._patch(site.block, "forward", held_forward(relay, site.block.forward))
@@ -134,9 +137,12 @@ class CaptureHandle:
     def _begin(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         _expect_eager()
         whole = uncompiled(transformer)
-        self._recorder.begin(whole, _by_name(whole, args, kwargs))
+        self._call.clear()
+        self._call.update(_by_name(whole, args, kwargs))
+        self._recorder.begin(whole, dict(self._call))
 
     def _end(self, transformer: Any, args: tuple[Any, ...], output: Any) -> None:
+        self._call.clear()
         self._recorder.end(finished=output is not None)
 
     def _hold(

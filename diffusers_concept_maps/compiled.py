@@ -41,7 +41,14 @@ class Relay:
     """
 
     def __init__(
-        self, recorder: Recorder, backbone: Backbone, site: Site, order: torch.Tensor, *, recorded: bool
+        self,
+        recorder: Recorder,
+        backbone: Backbone,
+        site: Site,
+        *,
+        call: Mapping[str, Any],
+        order: torch.Tensor,
+        recorded: bool,
     ) -> None:
         """Make the layer known to the ops.
 
@@ -49,6 +56,7 @@ class Relay:
             recorder: of the capture.
             backbone: of the transformer.
             site: the layer.
+            call: what the transformer is called with, by name; changes from call to call.
             order: one tensor for all layers of a capture. The ops declare that they change it, so that none of them
                 is left out of a graph or changes places with another one. It is on the CPU, and so keeps a graph with
                 ops from being replayed as CUDA graph, which would run kernels alone.
@@ -57,6 +65,7 @@ class Relay:
         self.recorder = recorder
         self.site = site
         self._backbone = backbone
+        self._call = call
         self._order = order
         self._recorded = recorded
         self._arguments: Mapping[str, Any] = {}
@@ -90,7 +99,7 @@ class Relay:
         """See `Recorder.text_tokens`."""
         if torch.compiler.is_compiling():
             assert isinstance(self._backbone, JointBackbone)
-            return self._backbone.text_tokens(self.site.block, self._arguments, self._arguments)
+            return self._backbone.text_tokens(self.site.block, self._arguments, self._call)
         return self.recorder.text_tokens(attention)
 
     def hold(self, arguments: dict[str, Any]) -> None:

@@ -160,8 +160,12 @@ class CrossAttnProcessor(ConceptProcessor):
             states = states + states_image.flatten(2, 3).type_as(query)
         states = attn.to_out[1](attn.to_out[0](states))
         query, output, key = (tensor.transpose(1, 2) for tensor in (query, output, key))
-        recorder.observe_crossing(attn, query, output, key, partial(_project_key, attn))
+        recorder.observe_crossing(attn, query, output, key, partial(self.project_key, attn))
         return cast(torch.Tensor, states)
+
+    def project_key(self, attn: Any, text: torch.Tensor) -> torch.Tensor:
+        """See `ConceptProcessor.project_key`."""
+        return _project_key(attn, text)
 
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None

@@ -45,8 +45,8 @@ class ConceptProcessor:
             ConceptMapsError: the processor does not say.
         """
         raise ConceptMapsError(
-            f"{type(self).__name__} has no `project_key`, so that it cannot be traced where torch.compile has "
-            f"compiled it; trace the model without torch.compile"
+            f"{type(self).__name__} has no `project_key`, so that a compiled model cannot be traced; trace it "
+            f"without torch.compile"
         )
 
 

@@ -7,8 +7,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from backbones import tiny_cogvideox
-from backbones._case import Case, find_cases, seeded
+from backbones._case import Case, find_cases
 
 import diffusers_concept_maps as dcm
 
@@ -17,30 +16,9 @@ PROMPTS = ["a red dog", "the sky"]
 Run = Callable[[], torch.Tensor]
 
 
-def _cogvideox_inputs(batch: int, text: int, seed: int) -> dict[str, Any]:
-    return {
-        "hidden_states": seeded(batch, 3, 4, 6, 10, seed=seed),
-        "encoder_hidden_states": seeded(batch, text, 32, seed=seed + 1),
-        "timestep": torch.full((batch,), 500),
-    }
-
-
-COGVIDEOX = Case(
-    "CogVideoX",
-    lambda: tiny_cogvideox.make_transformer(rope=False),
-    _cogvideox_inputs,
-    grid=tiny_cogvideox.GRID,
-    image_first=False,
-    layers=3,
-    text_width=32,
-    text_lengths=(tiny_cogvideox.TEXT_LENGTH,),
-    pipeline=tiny_cogvideox.make_pipeline,
-    call=tiny_cogvideox.call,
-)
-NAMES = ("CogVideoX", "SD3")
-_known = {case.name: case for case in [COGVIDEOX, *find_cases()]}
-FAMILIES = tuple(_known[name] for name in NAMES)
-SD3 = _known["SD3"]
+_known = {case.name: case for case in find_cases()}
+COGVIDEOX, FLUX, SD3, WAN = (_known[name] for name in ("CogVideoX", "FLUX.1 dev", "SD3", "Wan 2.1"))
+FAMILIES = (COGVIDEOX, WAN, FLUX, SD3)
 
 
 @cache
