@@ -11,7 +11,14 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import (
+    PreTrainedTokenizerFast,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    T5Config,
+    T5EncoderModel,
+)
 
 _REVISION = "0" * 40
 _SPACE = "▁"
@@ -24,6 +31,9 @@ def write_tiny_hub(home: Path) -> None:
     _t5_tokenizer().save_pretrained(t5)
     _save_clip_tokenizer(_repository(home, "hf-internal-testing/tiny-random-clip"))
     _llama_tokenizer().save_pretrained(_repository(home, "finetrainers/dummy-hunyaunvideo") / "tokenizer")
+    siglip = _repository(home, "hf-internal-testing/tiny-random-SiglipVisionModel")
+    _siglip_encoder().save_pretrained(siglip)
+    SiglipImageProcessor(size={"height": 30, "width": 30}).save_pretrained(siglip)
 
 
 def _repository(home: Path, name: str) -> Path:
@@ -37,13 +47,21 @@ def _repository(home: Path, name: str) -> Path:
 
 
 def _t5_encoder() -> T5EncoderModel:
-    """Of the size of the published one, on whose widths the tests' transformers rely."""
+    """Of the widths of the published one, on which the tests' transformers rely."""
     torch.manual_seed(0)
     config = T5Config(
         vocab_size=1103, d_model=32, d_kv=8, d_ff=37, num_layers=5, num_heads=4, relative_attention_num_buckets=8,
         pad_token_id=0, eos_token_id=1, is_encoder_decoder=False, use_cache=False,
     )  # fmt: skip
     return T5EncoderModel(config)
+
+
+def _siglip_encoder() -> SiglipVisionModel:
+    torch.manual_seed(0)
+    config = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4, image_size=30, patch_size=2
+    )
+    return SiglipVisionModel(config)
 
 
 def _characters(special: list[str]) -> Tokenizer:
