@@ -1,9 +1,10 @@
 """Mochi.
 
 Joint attention over video and text, video first, with projections of its own and a smaller width for text, which has
-no position. Attention is called for every row by itself, without the padding of its prompt. The text of the last block
-ends there, so that concepts are read from all blocks and carried through all but one. The transformer lists and sets no
-processors itself: `concept_attn_processors` finds them all the same, and `ConceptMapsMixin.set_attn_processor` sets them.
+no position. Attention is called for every row by itself, without the padding of its prompt. The text of the last
+block ends there, so that concepts are read from all blocks and carried through all but one. The transformer lists and
+sets no processors itself: `concept_attn_processors` finds them all the same, and `ConceptMapsMixin.set_attn_processor`
+sets them.
 """
 
 from __future__ import annotations
