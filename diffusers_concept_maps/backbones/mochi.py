@@ -1,10 +1,10 @@
 """Mochi.
 
 Joint attention over video and text, video first, with projections of its own and a smaller width for text, which has
-no position. Attention is called for every row by itself, without the padding of its prompt. The text of the last
-block ends there, so that concepts are read from all blocks and carried through all but one. The transformer lists and
-sets no processors itself: `concept_attn_processors` finds them all the same, and `ConceptMapsMixin.set_attn_processor`
-sets them.
+no position. Attention is called for every row by itself, without the padding of its prompt. The text of the last block
+ends there, so that concepts are read from all blocks and carried through all but one. The transformer neither lists
+nor sets processors: `concept_attn_processors` finds them all the same, and `ConceptMapsMixin.set_attn_processor` sets
+them.
 """
 
 from __future__ import annotations
@@ -119,13 +119,8 @@ class ConceptMochiAttnProcessor2_0(ConceptProcessor, MochiAttnProcessor2_0):
             return hidden_states, _finish_text(attn, output.transpose(1, 2).flatten(2, 3))
         video = _project_video(attn, hidden_states, image_rotary_emb)
         text = _project_text(attn, encoder_hidden_states)
-        output = torch.cat(
-            [
-                _attend_row(*(tensor[row : row + 1] for tensor in (*video, *text)), attention_mask[row])
-                for row in range(hidden_states.shape[0])
-            ],
-            dim=0,
-        )
+        rows = range(hidden_states.shape[0])
+        output = torch.cat([_attend_row(video, text, attention_mask, row) for row in rows], dim=0)
         count = hidden_states.shape[1]
         states, text_states = output.transpose(1, 2).flatten(2, 3).tensor_split([count], dim=1)
         result = attn.to_out[1](attn.to_out[0](states)), _finish_text(attn, text_states)
@@ -134,25 +129,15 @@ class ConceptMochiAttnProcessor2_0(ConceptProcessor, MochiAttnProcessor2_0):
         return result
 
 
-def _attend_row(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    text_query: torch.Tensor,
-    text_key: torch.Tensor,
-    text_value: torch.Tensor,
-    mask: torch.Tensor,
-) -> torch.Tensor:
-    """Attention outputs `[1, H, N + T, D]` of one row; those of its padding are zeros at the end."""
-    valid = torch.nonzero(mask.flatten(), as_tuple=False).flatten()
-    output = functional.scaled_dot_product_attention(
-        torch.cat([query, text_query[:, :, valid, :]], dim=2),
-        torch.cat([key, text_key[:, :, valid, :]], dim=2),
-        torch.cat([value, text_value[:, :, valid, :]], dim=2),
-        dropout_p=0.0,
-        is_causal=False,
+def _attend_row(video: Projected, text: Projected, attention_mask: torch.Tensor, row: int) -> torch.Tensor:
+    """Attention outputs `[1, H, N + T, D]` of one row of the batch; those of its padding are zeros at the end."""
+    valid = torch.nonzero(attention_mask[row], as_tuple=False).flatten()
+    query, key, value = (
+        torch.cat([own[row : row + 1], other[row : row + 1, :, valid, :]], dim=2)
+        for own, other in zip(video, text, strict=True)
     )
-    return functional.pad(output, (0, 0, 0, query.shape[2] + text_query.shape[2] - output.shape[2]))
+    output = functional.scaled_dot_product_attention(query, key, value, dropout_p=0.0, is_causal=False)
+    return functional.pad(output, (0, 0, 0, attention_mask.shape[1] - valid.shape[0]))
 
 
 def _project_video(

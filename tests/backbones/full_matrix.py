@@ -36,6 +36,7 @@ FAMILIES = (
     "SD3Transformer2DModel",
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SEEDS = range(3, 13)
 NORMALIZATIONS = {"concept_attention": "softmax", "cross_attention": "softmax", "gramcol": "zscore", "imap": "zscore"}
 
 
@@ -84,7 +85,8 @@ def check(row: Row) -> str:
     transformer = case.make().to(row.dtype)
     if row.fused:
         transformer.fuse_qkv_projections()
-    inputs = cast_inputs(case.inputs(row.batch, row.text, 3), row.dtype)
+    seed, expected = _expected(row) if row.dtype == torch.float32 else (SEEDS[0], {})
+    inputs = cast_inputs(case.inputs(row.batch, row.text, seed), row.dtype)
     before, off = kept_state(transformer), _output(transformer, inputs)
     chosen = {method: dcm.HeadSelection(top_k=2) if method == "imap" else None for method in case.methods}
     maps = {}
@@ -98,7 +100,7 @@ def check(row: Row) -> str:
             return f"{method} leaves something behind"
     if not torch.equal(_output(transformer, inputs), off):
         return "the output after the captures differs"
-    return _compare(row, maps) if row.dtype == torch.float32 else _finite(maps)
+    return "; ".join(filter(None, (_compare(method, got, expected.get(method)) for method, got in maps.items())))
 
 
 def _output(transformer: Any, inputs: dict[str, Any]) -> torch.Tensor:
@@ -107,21 +109,29 @@ def _output(transformer: Any, inputs: dict[str, Any]) -> torch.Tensor:
     return output
 
 
-def _finite(maps: dict[str, torch.Tensor]) -> str:
-    return "".join(f"{method} is not finite; " for method, got in maps.items() if not got.isfinite().all())
-
-
-def _compare(row: Row, maps: dict[str, torch.Tensor]) -> str:
+def _expected(row: Row) -> tuple[int, dict[str, torch.Tensor]]:
+    """A seed whose inputs leave no choice of anchors or heads to rounding, and the maps of the oracle."""
     case = row.case
-    taps = layer_taps(case, case.inputs(row.batch, row.text, 3), embeds_of(case))
-    wrong = ""
-    for method, got in maps.items():
-        rule = best_heads(2) if method == "imap" and case.grid[0] > 1 else all_heads
-        expected = saliency([taps], method, NORMALIZATIONS[method], case.grid, rule)
-        error = ((got.double() - expected).abs().max() / expected.abs().max()).item()
-        if not error <= 1e-4:
-            wrong += f"{method} is {error:.1e} off; "
-    return wrong
+    for seed in SEEDS:
+        taps = layer_taps(case, case.inputs(row.batch, row.text, seed), embeds_of(case))
+        maps = {}
+        try:
+            for method in case.methods:
+                rule = best_heads(2) if method == "imap" and case.grid[0] > 1 else all_heads
+                maps[method] = saliency([taps], method, NORMALIZATIONS[method], case.grid, rule)
+        except AssertionError as error:  # how the oracle refuses near ties
+            print(f"{row} | seed {seed}: {error}", flush=True)
+        else:
+            return seed, maps
+    raise RuntimeError(f"{row}: no seed of {SEEDS} is without near ties; add more")
+
+
+def _compare(method: str, got: torch.Tensor, expected: torch.Tensor | None) -> str:
+    """What is wrong with a map; without one to compare it with it has to be finite."""
+    if expected is None:
+        return "" if got.isfinite().all() else f"{method} is not finite"
+    error = ((got.double() - expected).abs().max() / expected.abs().max()).item()
+    return "" if error <= 1e-4 else f"{method} is {error:.1e} off"
 
 
 def report(results: dict[Row, str]) -> str:

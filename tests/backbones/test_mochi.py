@@ -1,4 +1,4 @@
-"""Mochi beyond the contract: half precision, words of padded prompts, processors that the model cannot set."""
+"""Mochi beyond the contract: half precision, words of padded prompts, concepts, setting processors, time."""
 
 from __future__ import annotations
 
