@@ -205,12 +205,13 @@ class StreamsProcessor(DispatchProcessor):
         """A call that is recorded, or the nested one of the concepts."""
         assert self.recorder is not None  # it records
         if self.recorder.answering:
-            own = _project(attn, image) if text is None else _project_text(attn, text)
+            own = _norm(attn, _project(attn, image)) if text is None else _norm_text(attn, _project_text(attn, text))
             states = self.answer(turn_heads(own, rotary))
             return states if text is None else (image, attn.to_add_out(states))
-        joint = _project(attn, image)
-        if text is not None:
-            joint = [torch.cat(pair, dim=1) for pair in zip(_project_text(attn, text), joint, strict=True)]
+        of_image, of_text = _project(attn, image), None if text is None else _project_text(attn, text)
+        joint = _norm(attn, of_image)
+        if of_text is not None:
+            joint = [torch.cat(pair, dim=1) for pair in zip(_norm_text(attn, of_text), joint, strict=True)]
         heads = turn_heads(joint, rotary)
         count = self.recorder.text_tokens(attn) if text is None else text.shape[1]
         output, shown = attend(heads, count)
@@ -234,20 +235,28 @@ class ConceptFluxAttnProcessor(StreamsProcessor, FluxAttnProcessor):
 def _project(attn: Any, states: torch.Tensor) -> list[torch.Tensor]:
     """Query, key and value of the image, or of everything in a block with one stream."""
     if attn.fused_projections:
-        linear = attn.to_qkv(states).chunk(3, dim=-1)
+        projected = attn.to_qkv(states).chunk(3, dim=-1)
     else:
-        linear = (attn.to_q(states), attn.to_k(states), attn.to_v(states))
-    query, key, value = (tensor.unflatten(-1, (-1, attn.head_dim)) for tensor in linear)
-    return [attn.norm_q(query), attn.norm_k(key), value]
+        projected = (attn.to_q(states), attn.to_k(states), attn.to_v(states))
+    return [tensor.unflatten(-1, (-1, attn.head_dim)) for tensor in projected]
 
 
 def _project_text(attn: Any, states: torch.Tensor) -> list[torch.Tensor]:
     """Query, key and value of a text stream."""
     if attn.fused_projections:
-        linear = attn.to_added_qkv(states).chunk(3, dim=-1)
+        projected = attn.to_added_qkv(states).chunk(3, dim=-1)
     else:
-        linear = (attn.add_q_proj(states), attn.add_k_proj(states), attn.add_v_proj(states))
-    query, key, value = (tensor.unflatten(-1, (-1, attn.head_dim)) for tensor in linear)
+        projected = (attn.add_q_proj(states), attn.add_k_proj(states), attn.add_v_proj(states))
+    return [tensor.unflatten(-1, (-1, attn.head_dim)) for tensor in projected]
+
+
+def _norm(attn: Any, heads: list[torch.Tensor]) -> list[torch.Tensor]:
+    query, key, value = heads
+    return [attn.norm_q(query), attn.norm_k(key), value]
+
+
+def _norm_text(attn: Any, heads: list[torch.Tensor]) -> list[torch.Tensor]:
+    query, key, value = heads
     return [attn.norm_added_q(query), attn.norm_added_k(key), value]
 
 

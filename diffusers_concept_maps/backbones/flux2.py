@@ -209,8 +209,9 @@ def _insert(states: torch.Tensor, between: torch.Tensor, place: int) -> torch.Te
 
 class _Flux2Streams(StreamsProcessor):
     def finish(self, attn: Any, image: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `StreamsProcessor.finish`."""
-        return attn.to_out[1](attn.to_out[0](image)), attn.to_add_out(text)
+        """See `StreamsProcessor.finish`; text is first here."""
+        text = attn.to_add_out(text)
+        return attn.to_out[1](attn.to_out[0](image)), text
 
 
 class ConceptFlux2AttnProcessor(_Flux2Streams, Flux2AttnProcessor):
