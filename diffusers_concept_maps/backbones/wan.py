@@ -151,8 +151,9 @@ class CrossAttnProcessor(ConceptProcessor):
         if attn.add_k_proj is not None:
             count = text.shape[1] - _TEXT_LENGTH
             image, text = text[:, :count], text[:, count:]
-        query = _split_heads(attn, attn.norm_q(attn.to_q(hidden_states)))
-        key, value = _project(attn, text)
+        query, (key, value) = attn.to_q(hidden_states), _project(attn, text)
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        query, key, value = (_split_heads(attn, states) for states in (query, key, value))
         states_image = None if image is None else self._attend(query, *_project_image(attn, image), None)
         output = self._attend(query, key, value, attention_mask)
         states = output.flatten(2, 3).type_as(query)
@@ -197,9 +198,9 @@ def _split_heads(attn: Any, states: torch.Tensor) -> torch.Tensor:
 
 
 def _project(attn: Any, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Key and value of text `[batch, token, H, D]`."""
+    """Key and value of text `[batch, token, width]`, without norm."""
     key, value = attn.to_kv(text).chunk(2, dim=-1) if attn.fused_projections else (attn.to_k(text), attn.to_v(text))
-    return _split_heads(attn, attn.norm_k(key)), _split_heads(attn, value)
+    return key, value
 
 
 def _project_key(attn: Any, text: torch.Tensor) -> torch.Tensor:
