@@ -59,8 +59,9 @@ class RunTracker:
       scheduler's timesteps where the pipeline writes nothing (ConsisID); such a pipeline must not share its scheduler
       with another one of the same transformer.
     - Or it is a copy, of another scale or dtype: then it must have the value that `Backbone.timesteps` gives for the
-      current step or, where the pipeline writes nothing, for this step or the next. Whatever else a new step begins
-      with is an error, since its place would be a guess.
+      current step or, where the pipeline writes nothing, for this step or the next; if rounding makes them one, the
+      number of passes tells, where `Backbone.passes` knows it. Whatever else a new step begins with is an error, since
+      its place would be a guess.
     - Or it is a copy of what the pipeline has written, with a timestep for every frame (diffusion forcing). All passes
       of a run then have to be over the same frames.
 
@@ -183,10 +184,15 @@ class RunTracker:
 
     def _check_next(self, schedule: torch.Tensor, found: list[int]) -> tuple[int, int] | None:
         """The timestep handed over has to be that of the current step or of the next, and of no other."""
+        expected = self._backbone.passes(self._pipe)
         if schedule is self._schedule and self._mark is not None:
             if not found:
                 return None
             found = [place for place in found if place - self._mark[1] in (0, 1)]
+            if len(found) == 2 and expected is not None:
+                found = found[:1] if self._passes < expected else found[1:]
+        elif expected is not None:  # of a new run, whose first timestep may be rounded to the second
+            found = found[:1]
         if len(found) != 1:
             raise self._unknown("is not that of one step alone, the current or the next")
         return id(schedule), found[0]

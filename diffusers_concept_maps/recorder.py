@@ -164,7 +164,7 @@ class Recorder:
             return
         rows, branches = chosen
         current = _Pass(announced.transformer, announced.call, announced.place.step, rows, branches, announced.grid)
-        device = arguments["hidden_states"].device
+        device = self._backbone.image(arguments).device
         if self._plan.prompt is None:
             self._start_concepts(current, present, announced.text_length, device)
         else:
@@ -246,7 +246,7 @@ class Recorder:
             assert current.stream is not None  # concept tokens are the targets
             targets = current.stream.advance(site, arguments, whole.key, whole.value)
         current.arguments = None
-        video = Heads(*(tensor[:, :, current.grid.tokens] for tensor in whole))
+        video = Heads(*(current.grid.select(tensor) for tensor in whole))
         taps = LayerTaps(
             *(video.query, video.key, video.value, video.output),
             *(targets.query, targets.key, targets.value, targets.output),
@@ -279,9 +279,9 @@ class Recorder:
             key = current.words.select(current.words.last(text_key[current.rows]))
         else:
             assert current.fixed is not None  # concepts are the targets
-            key = current.fixed.keys(project, self._arguments(current)["hidden_states"])
+            key = current.fixed.keys(project, self._backbone.image(self._arguments(current)))
         current.arguments = None
-        image_query, image_output = (tensor[current.rows, :, current.grid.tokens] for tensor in (query, output))
+        image_query, image_output = (current.grid.select(tensor[current.rows]) for tensor in (query, output))
         taps = LayerTaps(
             *(image_query, None, None, image_output),
             *(None, key, None, None),

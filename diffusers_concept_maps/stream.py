@@ -88,7 +88,7 @@ class ConceptStream:
             What the concepts' attention was in this block.
         """
         if self._concepts is None:
-            self._concepts = self._enter(arguments["hidden_states"])
+            self._concepts = self._enter(self._backbone.image(arguments))
         if self._parity is not None and not self._parity.pooled:
             arguments = self._backbone.unpooled(self._transformer, arguments, self._call)
         nested = self._backbone.reentry(site.block, arguments, self._concepts, self._rows)

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -77,12 +77,25 @@ class Grid:
         height: rows of patches.
         width: columns of patches.
         start: image tokens in front of it, such as those of reference images; whatever follows it is left out as well.
+        square: the tokens of a frame come in squares of so many rows and columns, row by row in each; 1 is row by row
+            in the whole frame.
     """
 
     frames: int
     height: int
     width: int
     start: int = 0
+    square: int = 1
+
+    def select(self, image: torch.Tensor) -> torch.Tensor:
+        """Its tokens of those of the image stream `[R, H, token, D]`, every frame row by row."""
+        own = image[:, :, self.tokens]
+        if self.square == 1:
+            return own
+        rows, columns = self.height // self.square, self.width // self.square
+        squares = own.unflatten(2, (self.frames, rows, columns, self.square, self.square))
+        ordered: torch.Tensor = squares.transpose(4, 5).flatten(2, 6)
+        return ordered
 
     @property
     def tokens(self) -> slice:
@@ -159,9 +172,13 @@ class Backbone(ABC):
     def grid(self, transformer: Any, call: Mapping[str, Any]) -> Grid:
         """Token grid of a forward pass, from the arguments of the transformer."""
 
+    def image(self, call: Mapping[str, Any]) -> torch.Tensor:
+        """The image stream, from the arguments of the transformer or of a block; the batch is its first dimension."""
+        return cast(torch.Tensor, call["hidden_states"])
+
     def batch(self, call: Mapping[str, Any]) -> int:
         """Batch size of a forward pass, from the arguments of the transformer or of a block."""
-        return int(call["hidden_states"].shape[0])
+        return self.image(call).shape[0]
 
     def text_length(self, call: Mapping[str, Any]) -> int:
         """Number of text tokens of a forward pass, from the arguments of the transformer."""
@@ -208,6 +225,18 @@ class Backbone(ABC):
             `[step]`, or `[way, step]` where the family's pipelines do it in several ways.
         """
         return self.timesteps(scheduled, dtype)
+
+    def passes(self, pipe: Any) -> int | None:
+        """Number of forward passes in each step of a run, where guidance is no batch.
+
+        Args:
+            pipe: which runs.
+
+        Returns:
+            None where nothing tells it beforehand. It is needed where rounding gives two steps the same timestep and
+            the pipeline writes down none.
+        """
+        return None
 
     def geometry(self, transformer: Any) -> dict[str, int]:
         """How token frames relate to video frames, for `ConceptMaps.upsample`.

@@ -163,6 +163,7 @@ def recorded_calls(case: Case, pipe: Any, prompts: list[str], **options: Any) ->
 
     def note(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         named = dict(zip(list(inspect.signature(type(module).forward).parameters)[1:], args, strict=False)) | kwargs
+        named["hidden_states"] = named["hidden_states"].clone()  # some pipelines update their latents in place
         calls.append((module, {name: value for name, value in named.items() if name != "return_dict"}))
 
     transformers = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]

@@ -1,0 +1,187 @@
+"""Kandinsky 5: video from text or an image, and images, by one class of transformer.
+
+The video reads a text that its blocks do not update. Before them text blocks do, by self-attention with positions and
+the timestep: every concept goes through these in every step, as a text of its own at the first position, so that
+concepts see neither the prompt nor one another. Sparse models take the tokens of a frame in squares of eight by eight;
+maps are put in order again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from inspect import signature
+from typing import Any, ClassVar, cast
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_kandinsky import Kandinsky5AttnProcessor
+from diffusers.pipelines.kandinsky5.pipeline_kandinsky import prompt_clean
+from torch.nn.utils.rnn import pad_sequence
+
+from diffusers_concept_maps.backbones._base import CrossBackbone, Grid, Site, unpatched
+from diffusers_concept_maps.errors import ConceptMapsError
+from diffusers_concept_maps.processors._base import ConceptProcessor
+from diffusers_concept_maps.tokens import token_spans, word_tokens
+
+_TEXT_LENGTH = 512
+"""Text tokens that the pipelines take where they are told no other number."""
+
+_SQUARE = 8
+
+
+class Kandinsky5Backbone(CrossBackbone):
+    """Kandinsky 5 Lite and Pro; nothing is published on which of their layers or heads to use."""
+
+    transformer_classes: ClassVar[tuple[str, ...]] = ("Kandinsky5Transformer3DModel",)
+    batched_guidance: ClassVar[bool] = False
+
+    def sites(self, transformer: Any) -> list[Site]:
+        """See `Backbone.sites`."""
+        return [Site(block, block.cross_attention) for block in transformer.visual_transformer_blocks]
+
+    def heads(self, transformer: Any) -> int:
+        """See `Backbone.heads`."""
+        return int(transformer.config.model_dim // sum(transformer.config.axes_dims))
+
+    def text_width(self, transformer: Any) -> int:
+        """See `Backbone.text_width`."""
+        return int(transformer.config.in_text_dim)
+
+    def encode(self, pipe: Any, texts: list[str], length: int | None) -> tuple[torch.Tensor, list[int]]:
+        """See `Backbone.encode`.
+
+        The states are those that Qwen has behind the words of the pipeline's template. It runs without a mask, so
+        that texts are encoded one by one, without padding.
+        """
+        parts = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
+        if any(getattr(pipe, part, None) is None for part in parts):
+            raise ConceptMapsError(
+                f"this {type(pipe).__name__} has no tokenizers or text encoders to encode the concepts with; "
+                f"pass concept_embeds instead"
+            )
+        if "image" in signature(pipe.encode_prompt).parameters:
+            raise ConceptMapsError(
+                f"{type(pipe).__name__} encodes a text together with an image, which concepts do not have; pass "
+                f"concept_embeds instead"
+            )
+        limit = _TEXT_LENGTH if length is None else None
+        length = length or _TEXT_LENGTH
+        counts = [word_tokens(_tokenizer(pipe), self.clean(text), limit) for text in texts]
+        training = pipe.text_encoder.training or pipe.text_encoder_2.training
+        with torch.no_grad(), torch.random.fork_rng(enabled=training):
+            states = [pipe.encode_prompt([text], max_sequence_length=length)[0][0] for text in texts]
+        counts = [min(count, state.shape[0]) for count, state in zip(counts, states, strict=True)]
+        return pad_sequence(states, batch_first=True), counts
+
+    def clean(self, prompt: str) -> str:
+        """See `Backbone.clean`; mends encodings, and makes one blank of any white space."""
+        return cast(str, prompt_clean(prompt))
+
+    def token_spans(self, pipe: Any, prompt: str, length: int) -> list[tuple[int, int]]:
+        """See `Backbone.token_spans`; the prompt stands in a template, whose first tokens are cut off."""
+        cut, before = int(pipe.prompt_template_encode_start_idx), pipe.prompt_template.index("{}")
+        spans = token_spans(_tokenizer(pipe), pipe.prompt_template.format(prompt), cut + length)[cut:]
+        inside = [(max(start - before, 0), min(stop - before, len(prompt))) for start, stop in spans]
+        return [(start, stop) if start < stop else (0, 0) for start, stop in inside]
+
+    def image(self, call: Mapping[str, Any]) -> torch.Tensor:
+        """See `Backbone.image`; a block has another name for it."""
+        return cast(torch.Tensor, call["visual_embed"] if "visual_embed" in call else call["hidden_states"])
+
+    def grid(self, transformer: Any, call: Mapping[str, Any]) -> Grid:
+        """See `Backbone.grid`; latents are `[batch, frame, height, width, channel]`."""
+        _, frames, height, width, _ = call["hidden_states"].shape
+        frame, row, column = transformer.config.patch_size
+        sparse = call.get("sparse_params")
+        square = _SQUARE if sparse is not None and sparse["to_fractal"] else 1
+        return Grid(frames // frame, height // row, width // column, square=square)
+
+    def timesteps(self, scheduled: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """See `Backbone.timesteps`; rounded to the dtype of the latents."""
+        return scheduled.to(dtype)
+
+    def passes(self, pipe: Any) -> int:
+        """See `Backbone.passes`; the guidance scale alone decides."""
+        return 2 if pipe.guidance_scale > 1 else 1
+
+    def geometry(self, transformer: Any) -> dict[str, int]:
+        """See `Backbone.geometry`; the VAE is that of HunyuanVideo, with a temporal factor of 4."""
+        return {"frames_per_latent": 4, "latents_per_token": int(transformer.config.patch_size[0])}
+
+    def context(
+        self, transformer: Any, embeds: torch.Tensor, like: torch.Tensor, call: Mapping[str, Any], rows: slice
+    ) -> torch.Tensor:
+        """See `CrossBackbone.context`."""
+        count = embeds.shape[1]
+        text = transformer.text_embeddings(embeds.to(like)).flatten(0, 1)[:, None]
+        time = transformer.time_embeddings(call["timestep"])
+        time = time + transformer.pooled_text_embeddings(call["pooled_projections"])
+        time = time[rows].repeat_interleave(count, 0)
+        rotary = transformer.text_rope_embeddings(call["text_rope_pos"][:1])[None]
+        blocks = transformer.text_transformer_blocks
+        with unpatched([block.self_attention for block in blocks]):
+            for block in blocks:
+                text = block(text, time, rotary)
+        return cast(torch.Tensor, text[:, 0].unflatten(0, (-1, count)))
+
+
+class ConceptKandinsky5AttnProcessor(ConceptProcessor, Kandinsky5AttnProcessor):
+    """Drop-in for `Kandinsky5AttnProcessor`, in its order of operations."""
+
+    stock: ClassVar[type | None] = Kandinsky5AttnProcessor
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        rotary_emb: torch.Tensor | None = None,
+        sparse_params: dict[str, Any] | None = None,
+    ) -> torch.Tensor:
+        """Video `[batch, N, width]` reads text `[batch, T, width]`; self-attention is left to the stock class."""
+        recorder = self.recorder
+        if recorder is None or not recorder.records(attn):
+            stock: Any = super()
+            return cast(
+                torch.Tensor,
+                stock.__call__(attn, hidden_states, encoder_hidden_states, rotary_emb, sparse_params),
+            )
+        assert encoder_hidden_states is not None  # the layers are cross-attention, dense and without positions
+        query = _split_heads(attn, attn.to_query(hidden_states))
+        key = _split_heads(attn, attn.to_key(encoder_hidden_states))
+        value = _split_heads(attn, attn.to_value(encoder_hidden_states))
+        query, key = _norm(attn.query_norm, query), _norm(attn.key_norm, key)
+        output = dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=None,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        states = attn.out_layer(output.flatten(-2, -1))
+        query, output, key = (tensor.transpose(1, 2) for tensor in (query, output, key))
+        recorder.observe_crossing(attn, query, output, key, partial(self.project_key, attn))
+        return cast(torch.Tensor, states)
+
+    def project_key(self, attn: Any, text: torch.Tensor) -> torch.Tensor:
+        """See `ConceptProcessor.project_key`."""
+        return _norm(attn.key_norm, _split_heads(attn, attn.to_key(text))).transpose(1, 2)
+
+
+def _tokenizer(pipe: Any) -> Any:
+    """Qwen's tokenizer, which the pipelines have in a processor for images too."""
+    return getattr(pipe.tokenizer, "tokenizer", pipe.tokenizer)
+
+
+def _split_heads(attn: Any, states: torch.Tensor) -> torch.Tensor:
+    """`[batch, token, width]` to `[batch, token, H, D]`."""
+    return states.reshape(*states.shape[:-1], attn.num_heads, -1)
+
+
+def _norm(norm: Any, states: torch.Tensor) -> torch.Tensor:
+    return cast(torch.Tensor, norm(states.float()).type_as(states))
+
+
+BACKBONE = Kandinsky5Backbone()
