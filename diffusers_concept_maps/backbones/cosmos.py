@@ -9,6 +9,7 @@ are given are part of the grid. Of a transfer in several chunks the maps are tho
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -147,17 +148,20 @@ class _CosmosProcessor(ConceptProcessor):
                 stock.__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb),
             )
         text, image, mask, image_mask = self._contexts(encoder_hidden_states, attention_mask)
-        query = attn.norm_q(_split_heads(attn, attn.to_q(hidden_states)))
-        key, value = _project_key(attn, text), _split_heads(attn, attn.to_v(text))
+        linears = (attn.to_q(hidden_states), attn.to_k(text), attn.to_v(text))
+        query, key, value = (_split_heads(attn, states) for states in linears)
+        query, key = attn.norm_q(query), attn.norm_k(key)
         output = _attend(query, key, value, mask)
         states = output.flatten(2, 3).type_as(query)
         if image is not None:
             states = states + _read_image(attn, hidden_states, image, image_mask)
         states = attn.to_out[1](attn.to_out[0](states))
-        recorder.observe_crossing(
-            attn, query, output.transpose(1, 2), key, lambda context: _project_key(attn, context)
-        )
+        recorder.observe_crossing(attn, query, output.transpose(1, 2), key, partial(self.project_key, attn))
         return cast(torch.Tensor, states)
+
+    def project_key(self, attn: Attention, text: torch.Tensor) -> torch.Tensor:
+        """See `ConceptProcessor.project_key`."""
+        return cast(torch.Tensor, attn.norm_k(_split_heads(attn, attn.to_k(text))))
 
     def _contexts(self, context: Any, mask: Any) -> tuple[Any, Any, Any, Any]:
         """Text, image context and their masks."""
@@ -184,10 +188,6 @@ def _split_heads(attn: Attention, states: torch.Tensor) -> torch.Tensor:
     return cast(torch.Tensor, states.unflatten(2, (attn.heads, -1))).transpose(1, 2)
 
 
-def _project_key(attn: Attention, text: torch.Tensor) -> torch.Tensor:
-    return cast(torch.Tensor, attn.norm_k(_split_heads(attn, attn.to_k(text))))
-
-
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any) -> torch.Tensor:
     """Attention output `[batch, N, H, D]` of `[batch, H, token, D]`; the host's way for fewer heads of text."""
     key = key.repeat_interleave(query.size(3) // key.size(3), dim=3)
@@ -198,9 +198,10 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: A
 
 def _read_image(attn: Any, hidden_states: torch.Tensor, image: torch.Tensor, mask: Any) -> torch.Tensor:
     """What the video reads in the image context `[batch, N, width]`."""
-    query = attn.q_img_norm(_split_heads(attn, attn.q_img(hidden_states)))
-    key = attn.k_img_norm(_split_heads(attn, attn.k_img(image)))
-    output = _attend(query, key, _split_heads(attn, attn.v_img(image)), mask)
+    linears = (attn.q_img(hidden_states), attn.k_img(image), attn.v_img(image))
+    query, key, value = (_split_heads(attn, states) for states in linears)
+    query = attn.q_img_norm(query)
+    output = _attend(query, attn.k_img_norm(key), value, mask)
     return output.flatten(2, 3).type_as(query)
 
 

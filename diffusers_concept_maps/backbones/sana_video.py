@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -130,11 +131,10 @@ class ConceptSanaVideoAttnProcessor2_0(ConceptProcessor, SanaAttnProcessor2_0):
             batch, count, _ = encoder_hidden_states.shape
             attention_mask = attn.prepare_attention_mask(attention_mask, count, batch)
             attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
-        query = attn.to_q(hidden_states)
-        if attn.norm_q is not None:
-            query = attn.norm_q(query)
-        query, key = _split_heads(attn, query), _project_key(attn, encoder_hidden_states)
+        query, key = attn.to_q(hidden_states), attn.to_k(encoder_hidden_states)
         value = _split_heads(attn, attn.to_v(encoder_hidden_states))
+        query = _split_heads(attn, query if attn.norm_q is None else attn.norm_q(query))
+        key = self._finish_key(attn, key)
         output = dispatch_attention_fn(
             query,
             key,
@@ -151,18 +151,21 @@ class ConceptSanaVideoAttnProcessor2_0(ConceptProcessor, SanaAttnProcessor2_0):
             query.transpose(1, 2),
             output.transpose(1, 2),
             key.transpose(1, 2),
-            lambda context: _project_key(attn, context).transpose(1, 2),
+            partial(self.project_key, attn),
         )
         return cast(torch.Tensor, result / attn.rescale_output_factor)
+
+    def project_key(self, attn: Attention, text: torch.Tensor) -> torch.Tensor:
+        """See `ConceptProcessor.project_key`."""
+        return self._finish_key(attn, attn.to_k(text)).transpose(1, 2)
+
+    @staticmethod
+    def _finish_key(attn: Attention, key: torch.Tensor) -> torch.Tensor:
+        return _split_heads(attn, key if attn.norm_k is None else attn.norm_k(key))
 
 
 def _split_heads(attn: Attention, states: torch.Tensor) -> torch.Tensor:
     return states.view(states.shape[0], -1, attn.heads, states.shape[-1] // attn.heads)
-
-
-def _project_key(attn: Attention, text: torch.Tensor) -> torch.Tensor:
-    key = attn.to_k(text)
-    return _split_heads(attn, key if attn.norm_k is None else attn.norm_k(key))
 
 
 BACKBONE = SanaVideoBackbone()
