@@ -114,12 +114,17 @@ class RunTracker:
         if starts_run:
             self._schedule, self._step = schedule, -1
             # Read once: dynamic guidance changes the scale during the run, the layout of the batch stays.
-            self._rows = batch // 2 if batched and self._pipe.guidance_scale > 1 else batch
+            self._rows = batch // 2 if batched and self._is_guided() else batch
         self._step += 1
         return self._place(starts_run, None if batched else "cond")
 
     def _place(self, starts_run: bool, branch: str | None) -> Place:
         return Place(self._step, int(self._pipe.num_timesteps), starts_run, self._rows, branch)
+
+    def _is_guided(self) -> bool:
+        """Whether there are two branches; scales of other kinds than `guidance_scale` may have a say in it (LTX-2)."""
+        guided = getattr(self._pipe, "do_classifier_free_guidance", None)
+        return bool(self._pipe.guidance_scale > 1 if guided is None else guided)
 
     def _own(self) -> object:
         """What the pipeline writes its timestep into; what its timesteps are taken from, if it does not."""

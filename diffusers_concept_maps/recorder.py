@@ -279,7 +279,7 @@ class Recorder:
             key = current.words.select(current.words.last(text_key[current.rows]))
         else:
             assert current.fixed is not None  # concepts are the targets
-            key = current.fixed.keys(project, self._backbone.image(self._arguments(current)))
+            key = current.fixed.keys(self._sites[current.transformer][layer].block, self._arguments(current), project)
         current.arguments = None
         image_query, image_output = (current.grid.select(tensor[current.rows]) for tensor in (query, output))
         taps = LayerTaps(

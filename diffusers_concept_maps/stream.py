@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from diffusers_concept_maps import ops
 from diffusers_concept_maps.backbones import CrossBackbone, JointBackbone, Site, unpatched
@@ -160,18 +161,22 @@ class FixedConcepts:
         self._call = call
         self._context: torch.Tensor | None = None
 
-    def keys(self, project: Callable[[torch.Tensor], torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    def keys(
+        self, block: nn.Module, arguments: Mapping[str, Any], project: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
         """Keys of the concepts in one layer `[R, H, C, D]`.
 
         Args:
+            block: of the layer.
+            arguments: what the block was called with, by name.
             project: from text as the layer's cross-attention takes it `[row, text, width]` to its keys.
-            like: the image stream, in the model's dtype and device.
         """
+        like = self._backbone.image(arguments)
         # Dropout of a model that is being trained draws for the concepts too.
         with torch.random.fork_rng(_devices(like), enabled=self._transformer.training):
             if self._context is None:
                 self._context = self._backbone.context(self._transformer, self._embeds, like, self._call, self._rows)
-            return project(self._context)
+            return project(self._backbone.modulate(block, arguments, self._context, self._rows))
 
 
 def _devices(tensor: torch.Tensor) -> list[torch.device]:

@@ -351,6 +351,19 @@ class CrossBackbone(Backbone):
             rows: the rows of the batch that the concepts belong to.
         """
 
+    def modulate(
+        self, block: nn.Module, arguments: Mapping[str, Any], context: torch.Tensor, rows: slice
+    ) -> torch.Tensor:
+        """Concepts as the cross-attention of one block takes its text, where blocks modulate it.
+
+        Args:
+            block: one of those of `sites`.
+            arguments: what the block was called with, by name.
+            context: what `context` has returned `[row, concept, width]`.
+            rows: the rows of the batch that the concepts belong to.
+        """
+        return context
+
 
 class JoiningBackbone(JointBackbone):
     """A family whose blocks carry a text stream that concepts can ride in, as `attention="one_pass"` needs."""

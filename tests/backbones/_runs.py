@@ -42,6 +42,7 @@ def check_run(
     *,
     passes: int,
     branch: str = "cond",
+    methods: Sequence[str] = METHODS,
 ) -> None:
     """A run is the same with and without capture, and its maps are those of a bare transformer, pass by pass.
 
@@ -53,22 +54,23 @@ def check_run(
         places: which forward passes make the maps of the branch, and the rows of each that belong to it.
         passes: number of forward passes of the run.
         branch: the guidance branch.
+        methods: those that the topology allows.
     """
     off, random = run(), torch.get_rng_state()
     before = kept_state(pipe.transformer)  # the first run of a pipeline may leave hooks of its own
-    tracing = dcm.trace(pipe, concept_embeds=embeds, methods=METHODS, branch=branch)
+    tracing = dcm.trace(pipe, concept_embeds=embeds, methods=methods, branch=branch)
     with recorded_passes(pipe.transformer) as seen, tracing as maps:
         assert torch.equal(run(), off)
         assert torch.equal(torch.get_rng_state(), random)
     assert kept_state(pipe.transformer) == before
     assert len(seen) == passes
-    expected: dict[str, list[torch.Tensor]] = {method: [] for method in METHODS}
+    expected: dict[str, list[torch.Tensor]] = {method: [] for method in methods}
     for place, rows in places:
-        with torch.no_grad(), dcm.trace(pipe.transformer, concept_embeds=embeds, methods=METHODS) as bare:
+        with torch.no_grad(), dcm.trace(pipe.transformer, concept_embeds=embeds, methods=methods) as bare:
             pipe.transformer(**seen[place])
-        for method in METHODS:
+        for method in methods:
             expected[method].append(bare.get(method)[rows])
-    for method in METHODS:
+    for method in methods:
         mean = torch.stack(expected[method]).mean(0)
         assert maps.get(method).shape[2:] == grid
         assert maps.coverage[method].sum().item() == len(places) * maps.coverage[method].shape[1]
