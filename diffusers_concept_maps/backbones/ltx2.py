@@ -1,0 +1,238 @@
+"""The video of LTX-2 and LTX-2.3, which are made with their sound.
+
+A block has six attentions; maps are made of the one in which video tokens read the text, before its gates. No block
+updates the text: Gemma's states behind the pipeline's connectors and, in LTX-2, the model's caption projection. In
+LTX-2.3 every block modulates it by the timestep, and concepts alike; the prompt's mask does not touch them. Images of
+image-to-video are part of the grid; conditions and references behind it are left out, and so are the further forward
+passes of guidance that perturbs the model or silences the sound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, ClassVar, cast
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_ltx2 import (
+    LTX2Attention,
+    LTX2AudioVideoAttnProcessor,
+    LTX2PerturbedAttnProcessor,
+)
+from torch import nn
+
+from diffusers_concept_maps.backbones._base import CrossBackbone, Grid, Site
+from diffusers_concept_maps.errors import ConceptMapsError
+from diffusers_concept_maps.processors._base import ConceptProcessor
+from diffusers_concept_maps.tokens import token_spans, word_tokens, words_first
+
+_TEXT_TOKENS = 1024
+
+
+class LTX2Backbone(CrossBackbone):
+    """All transformers of LTX-2.
+
+    The connectors let tokens of a text attend to one another, to start marks and to learned registers: every concept
+    goes through them as a text of its own.
+    """
+
+    transformer_classes: ClassVar[tuple[str, ...]] = ("LTX2VideoTransformer3DModel",)
+
+    def sites(self, transformer: Any) -> list[Site]:
+        """See `Backbone.sites`."""
+        return [Site(block, block.attn2) for block in transformer.transformer_blocks]
+
+    def heads(self, transformer: Any) -> int:
+        """See `Backbone.heads`."""
+        return int(transformer.config.num_attention_heads)
+
+    def text_width(self, transformer: Any) -> int:
+        """See `Backbone.text_width`."""
+        config = transformer.config
+        return int(config.caption_channels if config.use_prompt_embeddings else config.cross_attention_dim)
+
+    def encode(self, pipe: Any, texts: list[str], length: int | None) -> tuple[torch.Tensor, list[int]]:
+        """See `Backbone.encode`; what the connectors make of the states of the words."""
+        if pipe.text_encoder is None or pipe.tokenizer is None:
+            raise ConceptMapsError(
+                f"this {type(pipe).__name__} has no tokenizer or text encoder to encode the concepts with; "
+                f"pass concept_embeds instead"
+            )
+        length = length or _TEXT_TOKENS
+        for text in texts:
+            word_tokens(pipe.tokenizer, text, length)  # beside a start mark
+        training = pipe.text_encoder.training or pipe.connectors.training
+        with torch.no_grad(), torch.random.fork_rng(enabled=training):
+            states, mask, *_ = pipe.encode_prompt(texts, do_classifier_free_guidance=False, max_sequence_length=length)
+            states, *_ = pipe.connectors(states, mask, padding_side=pipe.tokenizer.padding_side)
+        return words_first(states, [self.token_spans(pipe, text, length) for text in texts])
+
+    def token_spans(self, pipe: Any, prompt: str, length: int) -> list[tuple[int, int]]:
+        """See `Backbone.token_spans`; connectors with registers put these where the padding was, behind the words."""
+        blanks = len(prompt) - len(prompt.lstrip())
+        spans = [
+            (start + blanks, stop + blanks) if stop > start else (0, 0)
+            for start, stop in token_spans(pipe.tokenizer, prompt.strip(), length)
+        ]
+        padding = [(0, 0)] * (length - len(spans))
+        moved = pipe.connectors.config.video_connector_num_learnable_registers is not None
+        return spans + padding if moved else padding + spans
+
+    def grid(self, transformer: Any, call: Mapping[str, Any]) -> Grid:
+        """See `Backbone.grid`.
+
+        Raises:
+            ConceptMapsError: the grid is not told.
+        """
+        tokens, sizes = call["hidden_states"].shape[1], [call.get(name) for name in ("num_frames", "height", "width")]
+        if None in sizes:
+            raise ConceptMapsError(
+                f"the transformer was given {tokens} tokens without num_frames, height and width: where they are in "
+                f"the video is not known (pipelines that make it in tiles cannot be traced)"
+            )
+        return Grid(*(int(cast(int, size)) for size in sizes))
+
+    def timesteps(self, scheduled: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """See `Backbone.timesteps`; tokens that are given have timesteps of their own."""
+        return scheduled.to(dtype)
+
+    def geometry(self, transformer: Any) -> dict[str, int]:
+        """See `Backbone.geometry`."""
+        config = transformer.config
+        return {
+            "frames_per_latent": int(config.vae_scale_factors[0]),
+            "latents_per_token": int(config.patch_size_t),
+        }
+
+    def context(
+        self, transformer: Any, embeds: torch.Tensor, like: torch.Tensor, call: Mapping[str, Any], rows: slice
+    ) -> torch.Tensor:
+        """See `CrossBackbone.context`."""
+        embeds = embeds.to(like)
+        if transformer.config.use_prompt_embeddings:
+            embeds = transformer.caption_projection(embeds)
+        return embeds
+
+    def modulate(self, block: Any, arguments: Mapping[str, Any], context: torch.Tensor, rows: slice) -> torch.Tensor:
+        """See `CrossBackbone.modulate`."""
+        if not block.cross_attn_adaln:
+            return context
+        table, temb = block.prompt_scale_shift_table, arguments["temb_prompt"]
+        if temb is None:
+            shift, scale = table[None, None].to(context).unbind(dim=2)
+        else:
+            temb = temb[rows]
+            shift, scale = block.get_mod_params(table, temb, temb.shape[0])
+        return cast(torch.Tensor, context * (1 + scale) + shift)
+
+
+class _LTX2Processor(ConceptProcessor):
+    def _shows(self, attn: nn.Module) -> bool:
+        return self.recorder is not None and self.recorder.records(attn)
+
+    def _read_text(
+        self, attn: Any, hidden_states: torch.Tensor, text: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Attention of video `[batch, N, width]` to text `[batch, T, width]`, in the host's order of operations."""
+        if mask is not None:
+            mask = attn.prepare_attention_mask(mask, text.shape[1], text.shape[0])
+            mask = mask.view(text.shape[0], attn.heads, -1, mask.shape[-1])
+        gates = None if attn.to_gate_logits is None else attn.to_gate_logits(hidden_states)
+        query, key, value = self._project(attn, hidden_states, text)
+        query, key = _split_heads(attn, attn.norm_q(query)), _split_heads(attn, attn.norm_k(key))
+        value = _split_heads(attn, value)
+        backend: Any = self
+        output = dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=0.0,
+            is_causal=False,
+            backend=backend._attention_backend,
+            parallel_config=backend._parallel_config,
+        )
+        states = output.flatten(2, 3).to(query.dtype)
+        if gates is not None:
+            states = (_split_heads(attn, states) * (2.0 * torch.sigmoid(gates)).unsqueeze(-1)).flatten(2, 3)
+        states = attn.to_out[1](attn.to_out[0](states))
+        assert self.recorder is not None  # `_shows` has looked
+        self.recorder.observe_crossing(
+            attn,
+            query.transpose(1, 2),
+            output.transpose(1, 2),
+            key.transpose(1, 2),
+            partial(self.project_key, attn),
+        )
+        return cast(torch.Tensor, states)
+
+    def _project(self, attn: Any, video: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Query, key and value `[batch, token, width]`."""
+        return attn.to_q(video), attn.to_k(text), attn.to_v(text)
+
+    def project_key(self, attn: LTX2Attention, text: torch.Tensor) -> torch.Tensor:
+        """See `ConceptProcessor.project_key`."""
+        return _split_heads(attn, attn.norm_k(attn.to_k(text))).transpose(1, 2)
+
+
+class ConceptLTX2AudioVideoAttnProcessor(_LTX2Processor, LTX2AudioVideoAttnProcessor):
+    """Drop-in for `LTX2AudioVideoAttnProcessor`."""
+
+    stock: ClassVar[type | None] = LTX2AudioVideoAttnProcessor
+
+    def __call__(
+        self,
+        attn: LTX2Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        query_rotary_emb: Any = None,
+        key_rotary_emb: Any = None,
+    ) -> torch.Tensor:
+        """As the stock processor; where video reads text, which has no positions, for the capture to see."""
+        if encoder_hidden_states is not None and self._shows(attn):
+            return self._read_text(attn, hidden_states, encoder_hidden_states, attention_mask)
+        stock: Any = super()
+        result = stock.__call__(
+            attn, hidden_states, encoder_hidden_states, attention_mask, query_rotary_emb, key_rotary_emb
+        )
+        return cast(torch.Tensor, result)
+
+
+class ConceptLTX2PerturbedAttnProcessor(_LTX2Processor, LTX2PerturbedAttnProcessor):
+    """Drop-in for `LTX2PerturbedAttnProcessor`, which perturbs self-attention alone."""
+
+    stock: ClassVar[type | None] = LTX2PerturbedAttnProcessor
+
+    def __call__(
+        self,
+        attn: LTX2Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        query_rotary_emb: Any = None,
+        key_rotary_emb: Any = None,
+        perturbation_mask: torch.Tensor | None = None,
+        all_perturbed: bool | None = None,
+    ) -> torch.Tensor:
+        """As the stock processor; where video reads text, which has no positions, for the capture to see."""
+        if encoder_hidden_states is not None and self._shows(attn):
+            return self._read_text(attn, hidden_states, encoder_hidden_states, attention_mask)
+        stock: Any = super()
+        rotary = (query_rotary_emb, key_rotary_emb)
+        result = stock.__call__(
+            attn, hidden_states, encoder_hidden_states, attention_mask, *rotary, perturbation_mask, all_perturbed
+        )
+        return cast(torch.Tensor, result)
+
+    def _project(self, attn: Any, video: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        value = attn.to_v(text)  # first, as in the stock class: checkpointing goes by the order
+        return attn.to_q(video), attn.to_k(text), value
+
+
+def _split_heads(attn: Any, states: torch.Tensor) -> torch.Tensor:
+    return cast(torch.Tensor, states.unflatten(2, (attn.heads, -1)))
+
+
+BACKBONE = LTX2Backbone()
