@@ -128,6 +128,7 @@ class CaptureHandle:
         for attention, stock, processor in self._swapped:
             if attention.processor is processor:  # otherwise somebody has set another one since: theirs stays
                 attention.processor = stock
+                _carry_over(processor, stock)
             processor.recorder = None  # it may live on, where the user or `fuse_qkv_projections` has kept it
         for processor in self._adopted:
             processor.__dict__.pop("recorder", None)
@@ -313,6 +314,13 @@ def _check_processor(transformer: Any, layer: int, installed: Any) -> None:
             f"layer {layer} has the attention processor {type(installed).__name__}, which cannot be traced; put "
             f"the model's own processor or one of concept_attn_processors() back first"
         )
+
+
+def _carry_over(processor: Any, stock: Any) -> None:
+    """What `set_attention_backend` and `enable_parallelism` have told the processor, the stock one has to know too."""
+    for name in ("_attention_backend", "_parallel_config"):
+        if vars(processor).get(name) is not vars(stock).get(name):
+            setattr(stock, name, getattr(processor, name))
 
 
 def _expect_eager() -> None:

@@ -17,8 +17,8 @@ Run = Callable[[], torch.Tensor]
 
 
 _known = {case.name: case for case in find_cases()}
-COGVIDEOX, FLUX, SD3, WAN = (_known[name] for name in ("CogVideoX", "FLUX.1 dev", "SD3", "Wan 2.1"))
-FAMILIES = (COGVIDEOX, WAN, FLUX, SD3)
+NAMES = ("CogVideoX", "Wan 2.1", "HunyuanVideo", "FLUX.1 dev", "SD3")
+FAMILIES = COGVIDEOX, WAN, HUNYUAN, FLUX, SD3 = tuple(_known[name] for name in NAMES)
 
 
 @cache

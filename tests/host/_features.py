@@ -40,6 +40,9 @@ class Feature(NamedTuple):
 
 _NO_REPEATED = Blank(ValueError, "`_repeated_blocks` attribute is empty")
 _NO_CACHE = Blank(AttributeError, "no attribute 'enable_cache'")
+_NO_BACKEND = Blank(None, "its processors call PyTorch's attention themselves")
+_NO_FUSION = Blank(None, "its attention modules have no such method")
+_NO_IP_ADAPTER = Blank(AttributeError, "no attribute 'load_ip_adapter'")
 _EXACT = "frames and maps as without"
 _SKIPS = "skipped steps and layers are not in `coverage`"
 
@@ -58,6 +61,20 @@ FEATURES = {
     "sequential offload": Feature("`pipe.enable_sequential_cpu_offload()`", _EXACT, {}),
     "casting": Feature("`enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, ...)`", _EXACT, {}),
     "quantized": Feature("linear layers in int8 (`torch.ao.quantization.quantize_dynamic`)", "frames as without", {}),
+    "backend": Feature(
+        "`transformer.set_attention_backend(...)`", _EXACT, {"CogVideoX": _NO_BACKEND, "SD3": _NO_BACKEND}
+    ),
+    "fuse": Feature("`transformer.fuse_qkv_projections()`", _EXACT, {"HunyuanVideo": _NO_FUSION}),
+    "fuse while attached": Feature(
+        "the same, while a capture is attached",
+        "frames as without; where it replaces processors (CogVideoX, SD3) a warning, and no maps",
+        {"HunyuanVideo": _NO_FUSION},
+    ),
+    "ip adapter": Feature(
+        "`pipe.load_ip_adapter(...)`",
+        "refused with an error that says why; while a capture is attached, frames as without, a warning, and no maps",
+        dict.fromkeys(("CogVideoX", "Wan 2.1", "HunyuanVideo"), _NO_IP_ADAPTER),
+    ),
     "tiling": Feature("`pipe.vae.enable_tiling()`", _EXACT, {}),
     "first block cache": Feature("`enable_cache(FirstBlockCacheConfig(...))`", _SKIPS, {"SD3": _NO_CACHE}),
     "pyramid": Feature("`enable_cache(PyramidAttentionBroadcastConfig(...))`", _SKIPS, {"SD3": _NO_CACHE}),
