@@ -22,7 +22,7 @@ from diffusers_concept_maps.maps import ConceptMaps
 from diffusers_concept_maps.one_pass import check_one_pass
 from diffusers_concept_maps.parity import Parity
 from diffusers_concept_maps.plan import CapturePlan, Request, make_plan
-from diffusers_concept_maps.processors import ConceptAttnProcessor, ConceptProcessor, concept_processor
+from diffusers_concept_maps.processors import ConceptAttnProcessor, ConceptProcessor, carry_over, concept_processor
 from diffusers_concept_maps.recorder import Recorder
 from diffusers_concept_maps.results import Results
 
@@ -128,7 +128,7 @@ class CaptureHandle:
         for attention, stock, processor in self._swapped:
             if attention.processor is processor:  # otherwise somebody has set another one since: theirs stays
                 attention.processor = stock
-                _carry_over(processor, stock)
+                carry_over(processor, stock)
             processor.recorder = None  # it may live on, where the user or `fuse_qkv_projections` has kept it
         for processor in self._adopted:
             processor.__dict__.pop("recorder", None)
@@ -314,13 +314,6 @@ def _check_processor(transformer: Any, layer: int, installed: Any) -> None:
             f"layer {layer} has the attention processor {type(installed).__name__}, which cannot be traced; put "
             f"the model's own processor or one of concept_attn_processors() back first"
         )
-
-
-def _carry_over(processor: Any, stock: Any) -> None:
-    """What `set_attention_backend` and `enable_parallelism` have told the processor, the stock one has to know too."""
-    for name in ("_attention_backend", "_parallel_config"):
-        if vars(processor).get(name) is not vars(stock).get(name):
-            setattr(stock, name, getattr(processor, name))
 
 
 def _expect_eager() -> None:

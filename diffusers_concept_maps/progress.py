@@ -61,7 +61,7 @@ class RunTracker:
     - Or it is a copy, of another scale or dtype: then it must have the value that `Backbone.timesteps` gives for the
       current step or, where the pipeline writes nothing, for this step or the next; if rounding makes them one, the
       number of passes tells, where `Backbone.passes` knows it. Whatever else a new step begins with is an error, since
-      its place would be a guess.
+      its place would be a guess, but for what comes after the last step.
     - Or it is a copy of what the pipeline has written, with a timestep for every frame (diffusion forcing). All passes
       of a run then have to be over the same frames.
 
@@ -135,6 +135,8 @@ class RunTracker:
         if self._backbone.batched_guidance:
             return None
         self._passes += 1
+        if self._passes > 2 and 0 < self._step == int(self._pipe.num_timesteps) - 1:
+            return None  # no step before had a third one, and the run may have ended: this is somebody else's
         if self._passes > 2:
             raise ConceptMapsError(
                 f"step {self._step} has more than two forward passes, where guidance has a conditional and an "
@@ -191,9 +193,10 @@ class RunTracker:
         """The timestep handed over has to be that of the current step or of the next, and of no other."""
         expected = self._backbone.passes(self._pipe)
         if schedule is self._schedule and self._mark is not None:
-            if not found:
+            near = [place for place in found if place - self._mark[1] in (0, 1)]
+            if not found or (not near and self._mark[1] == len(schedule) - 1):  # the latter after the end of a run
                 return None
-            found = [place for place in found if place - self._mark[1] in (0, 1)]
+            found = near
             if len(found) == 2 and expected is not None:
                 found = found[:1] if self._passes < expected else found[1:]
         elif expected is not None:  # of a new run, whose first timestep may be rounded to the second

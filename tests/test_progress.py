@@ -327,6 +327,28 @@ def test_a_pass_out_of_order_is_an_error(transformer: Any) -> None:
         pipe(between=lambda: transformer(*later))
 
 
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("steps", [STEPS, STEPS + 3])
+def test_a_run_of_another_pipeline_after_the_last_step_is_left_out(
+    loop: type[SilentLoop], steps: int, transformer: Any
+) -> None:
+    pipe, other = loop(transformer), SilentLoop(transformer)
+    with trace(pipe) as maps:
+        pipe()
+    expected = {method: maps.get(method) for method in METHODS}
+    with trace(pipe) as maps:
+        pipe()
+        other(seed=1, steps=steps)
+    assert_same(maps, expected)
+    with trace(pipe) as maps:
+        other(seed=1, steps=steps)
+        pipe()
+        other(seed=2, steps=steps)
+        pipe()
+        other(seed=3, steps=steps)
+    assert_same(maps, expected)
+
+
 def begin(pipe: SilentLoop) -> None:
     """The first five of 500 steps, whose timesteps differ by less than bfloat16 can tell."""
     turns = iter(range(5))

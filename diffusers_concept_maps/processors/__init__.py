@@ -13,9 +13,15 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import nn
 
 from diffusers_concept_maps.errors import ConceptMapsError
-from diffusers_concept_maps.processors._base import CONCEPT_PROCESSORS, ConceptProcessor, from_stock, passive
+from diffusers_concept_maps.processors._base import (
+    CONCEPT_PROCESSORS,
+    ConceptProcessor,
+    carry_over,
+    from_stock,
+    passive,
+)
 
-__all__ = ["ConceptAttnProcessor", "ConceptProcessor", "concept_attn_processors", "concept_processor"]
+__all__ = ["ConceptAttnProcessor", "ConceptProcessor", "carry_over", "concept_attn_processors", "concept_processor"]
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

@@ -72,3 +72,10 @@ def from_stock(cls: type[ConceptProcessor], stock: Any) -> ConceptProcessor:
     processor = cls.__new__(cls)
     processor.__dict__.update(stock.__dict__)
     return processor
+
+
+def carry_over(processor: Any, stock: Any) -> None:
+    """What `set_attention_backend` and `enable_parallelism` have told the processor, the stock one has to know too."""
+    for name in ("_attention_backend", "_parallel_config"):
+        if vars(processor).get(name) is not vars(stock).get(name):
+            setattr(stock, name, getattr(processor, name))

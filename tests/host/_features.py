@@ -75,6 +75,11 @@ FEATURES = {
         "refused with an error that says why; while a capture is attached, frames as without, a warning, and no maps",
         dict.fromkeys(("CogVideoX", "Wan 2.1", "HunyuanVideo"), _NO_IP_ADAPTER),
     ),
+    "sharing": Feature(
+        "two pipelines with one transformer",
+        "the runs of the other one are left out; within a step of the traced one they are an error",
+        {},
+    ),
     "tiling": Feature("`pipe.vae.enable_tiling()`", _EXACT, {}),
     "first block cache": Feature("`enable_cache(FirstBlockCacheConfig(...))`", _SKIPS, {"SD3": _NO_CACHE}),
     "pyramid": Feature("`enable_cache(PyramidAttentionBroadcastConfig(...))`", _SKIPS, {"SD3": _NO_CACHE}),
