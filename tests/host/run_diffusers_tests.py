@@ -177,7 +177,7 @@ def row(result: Result) -> list[str]:
 
 def page(results: list[Result], version: str) -> str:
     """The result as a page of the documentation."""
-    packages = ("diffusers", "torch", "transformers", "accelerate", "peft")
+    packages = ("diffusers", "torch", "transformers")
     installed = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     columns = ["family", "tests", "passed", "skipped", "failed", "captures", "with maps", "different with captures"]
     table = [columns, ["---", *["---:"] * (len(columns) - 1)], *map(row, results)]
