@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 TOOLS = {
-    "python3": "mkdir -p .venv-ci/bin && touch .venv-ci/bin/activate",  # -m venv
+    "python3": 'mkdir -p "$4/bin" && touch "$4/bin/activate"',  # -m venv --clear
     "python": "",
     "pip": "",
     "ruff": "",
@@ -27,7 +29,7 @@ def tree(tmp_path: Path) -> Path:
     tree = tmp_path / "tree"
     for folder in ("diffusers_concept_maps", "kernels", "demo", ".ci"):
         (tree / folder).mkdir(parents=True)
-    for name in (".ci/run", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml"):
+    for name in (".ci/run", ".ci/oldest", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml"):
         shutil.copy(ROOT / name, tree / name)
     (tree / "demo" / "mine.mp4").write_text("mine")
     (tmp_path / "bin").mkdir()
@@ -39,16 +41,16 @@ def tree(tmp_path: Path) -> Path:
     return tree
 
 
-def run(tree: Path) -> tuple[int, list[str]]:
-    """Exit status of the script, and the calls of tools that it made."""
+def run(tree: Path, script: str = "run") -> tuple[int, list[str]]:
+    """Exit status of a script, and the calls of tools that it made."""
     calls = tree.parent / "calls"
     settings = {
         "PATH": f"{tree.parent / 'bin'}:{os.environ['PATH']}",
         "TMPDIR": str(tree.parent / "temporary"),
         "CALLS": str(calls),
     }
-    done = subprocess.run(["bash", tree / ".ci" / "run"], env=os.environ | settings, capture_output=True, check=False)
-    return done.returncode, calls.read_text().splitlines()
+    done = subprocess.run(["bash", tree / ".ci" / script], env=os.environ | settings, capture_output=True, check=False)
+    return done.returncode, calls.read_text().splitlines() if calls.exists() else []
 
 
 def test_a_demo_of_the_user_is_left_alone(tree: Path) -> None:
@@ -69,3 +71,20 @@ def test_a_demo_that_writes_nothing_is_noticed(tree: Path) -> None:
     assert not any(call.startswith("pytest") for call in calls)
     assert [path.name for path in (tree / "demo").iterdir()] == ["mine.mp4"]
     assert list((tree.parent / "temporary").iterdir()) == []
+
+
+def test_the_oldest_diffusers_is_the_one_that_the_project_names(tree: Path) -> None:
+    project = tomllib.loads((tree / "pyproject.toml").read_text())["project"]
+    (oldest,) = (line.partition(">=")[2] for line in project["dependencies"] if line.startswith("diffusers"))
+    status, calls = run(tree, "oldest")
+    assert status == 0
+    assert (tree / ".venv-oldest" / "constraints.txt").read_text() == f"torch==2.13.0\ndiffusers=={oldest}\n"
+    places = [call.partition(" in ")[0] for call in calls]
+    assert places[1:3] == ["pip install --quiet torch==2.13.0", "pip install --quiet --editable .[test]"]
+    assert places[3] == "pytest -n auto tests --ignore=tests/kernels --ignore=tests/shapes"
+
+
+def test_a_project_that_names_no_oldest_diffusers_is_noticed(tree: Path) -> None:
+    text = (tree / "pyproject.toml").read_text()
+    (tree / "pyproject.toml").write_text(re.sub(r"diffusers>=[0-9.]+", "diffusers", text))
+    assert run(tree, "oldest") == (1, [])
