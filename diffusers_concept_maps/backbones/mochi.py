@@ -117,8 +117,9 @@ class ConceptMochiAttnProcessor2_0(ConceptProcessor, MochiAttnProcessor2_0):
         if recorder.answering:
             output = recorder.answer(*_project_text(attn, encoder_hidden_states))
             return hidden_states, _finish_text(attn, output.transpose(1, 2).flatten(2, 3))
-        video = _project_video(attn, hidden_states, image_rotary_emb)
-        text = _project_text(attn, encoder_hidden_states)
+        video, text = _project_video(attn, hidden_states), _project_text(attn, encoder_hidden_states)
+        if image_rotary_emb is not None:
+            video = _rotate(video[0], *image_rotary_emb), _rotate(video[1], *image_rotary_emb), video[2]
         rows = range(hidden_states.shape[0])
         output = torch.cat([_attend_row(video, text, attention_mask, row) for row in rows], dim=0)
         count = hidden_states.shape[1]
@@ -140,13 +141,9 @@ def _attend_row(video: Projected, text: Projected, attention_mask: torch.Tensor,
     return functional.pad(output, (0, 0, 0, attention_mask.shape[1] - valid.shape[0]))
 
 
-def _project_video(
-    attn: MochiAttention, states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None
-) -> Projected:
+def _project_video(attn: MochiAttention, states: torch.Tensor) -> Projected:
     query, key, value = (linear(states).unflatten(2, (attn.heads, -1)) for linear in (attn.to_q, attn.to_k, attn.to_v))
     query, key = attn.norm_q(query), attn.norm_k(key)
-    if rotary is not None:
-        query, key = _rotate(query, *rotary), _rotate(key, *rotary)
     return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
 
@@ -158,10 +155,11 @@ def _project_text(attn: MochiAttention, states: torch.Tensor) -> Projected:
 
 
 def _rotate(states: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """Neighboring channels of `[batch, S, H, D]`, turned in float32 by angles `[S, H, D / 2]`."""
+    """Neighboring channels of `[batch, H, S, D]`, turned in float32 by angles `[S, H, D / 2]`."""
+    states = states.transpose(1, 2)
     even, odd = states[..., 0::2].float(), states[..., 1::2].float()
     turned = ((even * cosine - odd * sine).to(states.dtype), (even * sine + odd * cosine).to(states.dtype))
-    return torch.stack(turned, dim=-1).flatten(-2)
+    return torch.stack(turned, dim=-1).flatten(-2).transpose(1, 2)
 
 
 def _finish_text(attn: MochiAttention, states: torch.Tensor) -> torch.Tensor:
