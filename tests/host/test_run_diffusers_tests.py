@@ -20,7 +20,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-MODEL_TESTS = '''
+MODEL_TESTS = """
 import torch
 from diffusers import SD3Transformer2DModel
 
@@ -65,7 +65,7 @@ def test_is_skipped():
     import pytest
 
     pytest.skip("no accelerator")
-'''
+"""
 TESTS = "tests/models/transformers/test_models_transformer_sd3.py"
 
 
