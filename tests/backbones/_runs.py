@@ -92,3 +92,45 @@ def check_training(make: Callable[[], Any], inputs: Inputs, embeds: torch.Tensor
     for (name, expected), parameter in zip(off.named_parameters(), on.parameters(), strict=True):
         assert (parameter.grad is None) == (expected.grad is None)
         assert parameter.grad is None or torch.equal(parameter.grad, expected.grad), name
+
+
+def check_step(
+    pipe: Any,
+    run: Callable[[], torch.Tensor],
+    embeds: torch.Tensor,
+    grid: tuple[int, int, int],
+    passes: int = 1,
+    step: int = 1,
+) -> Inputs:
+    """Trace one step of a run, in every pass of it; that maps of a bare call are right, the contract tests show.
+
+    Args:
+        pipe: the pipeline.
+        run: a call of it, the same at every call, to latents of one image or video.
+        embeds: text encoder states of the concepts `[concept, width]`.
+        grid: of the maps.
+        passes: forward passes in every step, the conditional one first.
+        step: which to trace.
+
+    Returns:
+        What the transformer was called with in the last pass of that step.
+    """
+    frames = run()
+    for index, branch in enumerate(("cond", "uncond")[:passes]):
+        capture = dcm.trace(pipe, concept_embeds=embeds, methods=METHODS, steps=[step], branch=branch)
+        with recorded_passes(pipe.transformer) as calls, capture as maps:
+            assert torch.equal(run(), frames)
+        call = calls[passes * step + index]
+        with torch.no_grad(), dcm.trace(pipe.transformer, concept_embeds=embeds, methods=METHODS) as expected:
+            pipe.transformer(**call)
+        for method in METHODS:
+            assert maps.get(method).shape == (1, embeds.shape[0], *grid)
+            assert torch.equal(maps.get(method), expected.get(method))
+    return call
+
+
+def word_maps(transformer: Any, words: dict[str, list[int]], call: Inputs) -> torch.Tensor:
+    """Maps of words of the prompt by their positions, of one call of the transformer."""
+    with torch.no_grad(), dcm.trace(transformer, target="prompt", prompt_tokens=words) as maps:
+        transformer(**call)
+    return maps.get()

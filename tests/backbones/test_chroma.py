@@ -9,7 +9,7 @@ import diffusers
 import pytest
 import torch
 from backbones import tiny_chroma as tiny
-from backbones._run import check_run, recorded, word_maps
+from backbones._runs import check_step, recorded_passes, word_maps
 from backbones.tiny_flux import WIDTH, call
 
 import diffusers_concept_maps as dcm
@@ -37,7 +37,7 @@ def test_pipelines_of_the_same_transformer(name: str, dtype: torch.dtype, scale:
         options |= {"image": IMAGE, "strength": 0.9, "num_inference_steps": 4}
     if name == "ChromaInpaintPipeline":
         options |= {"mask_image": MASK}
-    passed = check_run(pipe, lambda: call(pipe, "a red dog", **options), EMBEDS, (1, 5, 3), 1 + (scale > 1))
+    passed = check_step(pipe, lambda: call(pipe, "a red dog", **options), EMBEDS, (1, 5, 3), 1 + (scale > 1))
     assert passed["attention_mask"].shape == (1, 12 + 15)
     assert passed["attention_mask"].min() == 0
 
@@ -45,7 +45,10 @@ def test_pipelines_of_the_same_transformer(name: str, dtype: torch.dtype, scale:
 @pytest.mark.parametrize("guided", [False, True])
 def test_words_of_the_prompt(guided: bool) -> None:
     pipe, options = pipeline(), {"guidance_scale": 3.0 if guided else 1.0, "negative_prompt": "dog red sky"}
-    with dcm.trace(pipe, ["red", "dog"], target="prompt", steps=[0]) as maps, recorded(pipe.transformer) as calls:
+    with (
+        dcm.trace(pipe, ["red", "dog"], target="prompt", steps=[0]) as maps,
+        recorded_passes(pipe.transformer) as calls,
+    ):
         call(pipe, "a red dog", **options)
     assert torch.equal(maps.get(), word_maps(pipe.transformer, {"red": [1], "dog": [2]}, calls[0]))
 

@@ -12,7 +12,7 @@ import diffusers
 import pytest
 import torch
 from backbones import tiny_flux as tiny
-from backbones._run import METHODS, check_run, recorded, word_maps
+from backbones._runs import METHODS, check_step, recorded_passes, word_maps
 from backbones.golden_flux import Golden
 from diffusers import FluxControlNetModel
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
@@ -45,7 +45,7 @@ def pipeline(name: str = "FluxPipeline", controlled: bool = False, channels: int
 
 
 def check(pipe: Any, run: Callable[[], torch.Tensor], passes: int) -> dict[str, Any]:
-    return check_run(pipe, run, EMBEDS, (1, 5, 3), passes)
+    return check_step(pipe, run, EMBEDS, (1, 5, 3), passes)
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -205,14 +205,17 @@ def test_words_of_the_prompt_and_not_of_the_negative_one(guided: bool) -> None:
     """Which this pipeline encodes last."""
     pipe, options = pipeline(), {"negative_prompt": "dog red sky", "true_cfg_scale": 3.0} if guided else {}
     for prompt, words in (("a red dog", {"red": [1], "dog": [2]}), ("dog on red", {"red": [2], "dog": [0]})):
-        with dcm.trace(pipe, ["red", "dog"], target="prompt", steps=[0]) as maps, recorded(pipe.transformer) as calls:
+        with (
+            dcm.trace(pipe, ["red", "dog"], target="prompt", steps=[0]) as maps,
+            recorded_passes(pipe.transformer) as calls,
+        ):
             tiny.call(pipe, prompt, **options)
         assert torch.equal(maps.get(), word_maps(pipe.transformer, words, calls[0]))
 
 
 def test_words_of_the_text_that_t5_is_given() -> None:
     pipe = pipeline()
-    with dcm.trace(pipe, target="prompt", steps=[0]) as maps, recorded(pipe.transformer) as calls:
+    with dcm.trace(pipe, target="prompt", steps=[0]) as maps, recorded_passes(pipe.transformer) as calls:
         tiny.call(pipe, "the beach", prompt_2="a red dog", negative_prompt="sky", true_cfg_scale=3.0)
     assert maps.concepts == ("a", "red", "dog")
     assert torch.equal(maps.get(), word_maps(pipe.transformer, {"a": [0], "red": [1], "dog": [2]}, calls[0]))

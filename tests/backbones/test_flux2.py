@@ -12,7 +12,7 @@ import pytest
 import torch
 from backbones import tiny_flux2 as tiny
 from backbones._case import Inputs, cast_inputs, seeded
-from backbones._run import METHODS, check_run, recorded, word_maps
+from backbones._runs import METHODS, check_step, recorded_passes, word_maps
 from diffusers.models.transformers.transformer_flux2 import Flux2KVAttnProcessor, Flux2KVParallelSelfAttnProcessor
 from naive import Taps, all_heads, saliency
 from PIL import Image
@@ -43,7 +43,7 @@ def dev() -> Any:
 
 
 def check(pipe: Any, run: Callable[[], torch.Tensor], passes: int, step: int = 1) -> Inputs:
-    return check_run(pipe, run, EMBEDS, (1, 5, 3), passes, step)
+    return check_step(pipe, run, EMBEDS, (1, 5, 3), passes, step)
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])
@@ -207,7 +207,7 @@ def test_policies_take_the_words_alone() -> None:
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 def test_words_of_a_prompt_of_klein(scale: float) -> None:
     pipe = klein()
-    with dcm.trace(pipe, target="prompt", steps=[0]) as maps, recorded(pipe.transformer) as calls:
+    with dcm.trace(pipe, target="prompt", steps=[0]) as maps, recorded_passes(pipe.transformer) as calls:
         tiny.call(pipe, "a red dog", guidance_scale=scale)
     assert maps.concepts == ("a", "red", "dog")
     expected = word_maps(pipe.transformer, {"a": [2], "red": [3], "dog": [4]}, calls[0])
@@ -217,7 +217,7 @@ def test_words_of_a_prompt_of_klein(scale: float) -> None:
 def test_words_of_a_prompt_of_dev() -> None:
     """Padded in front; "sky" is in the chat before it is in the prompt."""
     pipe = dev()
-    with dcm.trace(pipe, target="prompt", steps=[0]) as maps, recorded(pipe.transformer) as calls:
+    with dcm.trace(pipe, target="prompt", steps=[0]) as maps, recorded_passes(pipe.transformer) as calls:
         tiny.call(pipe, "a red sky")
     expected = word_maps(pipe.transformer, {"a": [12], "red": [13], "sky": [14]}, calls[0])
     assert torch.equal(maps.get(), expected)
