@@ -1,6 +1,6 @@
 """Steps and guidance branches of pipelines that hand over copies of timesteps, or guide in two forward passes.
 
-Of the pipelines that do so none is supported yet: their denoising loop runs here around a real transformer.
+Their denoising loop runs here around a real transformer of another family.
 """
 
 from __future__ import annotations
