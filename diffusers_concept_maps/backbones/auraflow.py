@@ -116,10 +116,7 @@ class _AuraFlowProcessor(ConceptProcessor, ABC):
             return stock.__call__(attn, hidden_states, text_states, *args, **kwargs)
         if recorder.answering:
             return self._answer(recorder, attn, hidden_states, text_states)
-        heads = self._project(attn, hidden_states)
-        if text_states is not None:
-            parts = zip(self._project_text(attn, text_states), heads, strict=True)
-            heads = cast(_Heads, tuple(torch.cat(part, dim=1) for part in parts))
+        heads = self._project(attn, hidden_states, text_states)
         query, key, value = (tensor.transpose(1, 2) for tensor in heads)
         output = functional.scaled_dot_product_attention(
             query, key, value, dropout_p=0.0, scale=attn.scale, is_causal=False
@@ -143,19 +140,23 @@ class _AuraFlowProcessor(ConceptProcessor, ABC):
         text_states: torch.Tensor | None,
     ) -> Any:
         """Attention of concepts, which are the text beside an empty image, or the one stream."""
-        heads = self._project(attn, hidden_states) if text_states is None else self._project_text(attn, text_states)
+        if text_states is None:
+            heads = self._project(attn, hidden_states, None)
+        else:
+            heads = _norm_heads(attn, self._text_linear(attn, text_states), attn.norm_added_q, attn.norm_added_k)
         states = _join_heads(recorder.answer(*(tensor.transpose(1, 2) for tensor in heads)))
         return _finish(attn, states) if text_states is None else (hidden_states, attn.to_add_out(states))
 
-    def _project(self, attn: Attention, states: torch.Tensor) -> _Heads:
-        """Query, key and value `[batch, S, H, D]` of image, or of one stream."""
-        query, key, value = (_split_heads(attn, part) for part in self._linear(attn, states))
-        return attn.norm_q(query), attn.norm_k(key), value
-
-    def _project_text(self, attn: Attention, states: torch.Tensor) -> _Heads:
-        """The same of text that is apart."""
-        query, key, value = (_split_heads(attn, part) for part in self._text_linear(attn, states))
-        return attn.norm_added_q(query), attn.norm_added_k(key), value
+    def _project(self, attn: Attention, states: torch.Tensor, text_states: torch.Tensor | None) -> _Heads:
+        """Query, key and value `[batch, S, H, D]` of image, behind text that is apart, or of one stream."""
+        linear = self._linear(attn, states)
+        text_linear = None if text_states is None else self._text_linear(attn, text_states)
+        heads = _norm_heads(attn, linear, attn.norm_q, attn.norm_k)
+        if text_linear is None:
+            return heads
+        text_heads = _norm_heads(attn, text_linear, attn.norm_added_q, attn.norm_added_k)
+        query, key, value = (torch.cat(parts, dim=1) for parts in zip(text_heads, heads, strict=True))
+        return query, key, value
 
     @abstractmethod
     def _linear(self, attn: Attention, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -192,6 +193,12 @@ class ConceptFusedAuraFlowAttnProcessor2_0(_AuraFlowProcessor, FusedAuraFlowAttn
 
 def _split_heads(attn: Attention, states: torch.Tensor) -> torch.Tensor:
     return states.view(states.shape[0], states.shape[1], attn.heads, -1)
+
+
+def _norm_heads(attn: Attention, linear: tuple[torch.Tensor, ...], norm_query: Any, norm_key: Any) -> _Heads:
+    """Query, key and value `[batch, S, H, D]`, from their linear projections."""
+    query, key, value = (_split_heads(attn, part) for part in linear)
+    return norm_query(query), norm_key(key), value
 
 
 def _join_heads(output: torch.Tensor) -> torch.Tensor:
