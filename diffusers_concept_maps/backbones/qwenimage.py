@@ -153,10 +153,11 @@ class ConceptQwenDoubleStreamAttnProcessor2_0(ConceptProcessor, QwenDoubleStream
             )
         image_positions, text_positions = (None, None) if image_rotary_emb is None else image_rotary_emb
         if recorder.answering:
-            heads = _rotate(_project_text(attn, text_states), text_positions)
+            heads = _rotate(_norm_text(attn, _project_text(attn, text_states)), text_positions)
             output = recorder.answer(*(tensor.transpose(1, 2) for tensor in heads))
             return hidden_states, attn.to_add_out(output.transpose(1, 2).flatten(2, 3))
         image_heads, text_heads = _project_image(attn, hidden_states), _project_text(attn, text_states)
+        image_heads, text_heads = _norm_image(attn, image_heads), _norm_text(attn, text_heads)
         image_heads, text_heads = _rotate(image_heads, image_positions), _rotate(text_heads, text_positions)
         joint = [torch.cat(parts, dim=1) for parts in zip(text_heads, image_heads, strict=True)]
         output = dispatch_attention_fn(
@@ -181,9 +182,23 @@ _Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def _project_image(attn: Attention, states: torch.Tensor) -> _Heads:
-    """Query, key and value `[batch, N, H, D]`, normed where the model does so."""
-    linears, width = (attn.to_q, attn.to_k, attn.to_v), attn.inner_dim // attn.heads
-    query, key, value = (linear(states).unflatten(-1, (-1, width)) for linear in linears)
+    """Query, key and value `[batch, N, H, D]`."""
+    return _split_heads(attn, attn.to_q(states), attn.to_k(states), attn.to_v(states))
+
+
+def _project_text(attn: Attention, states: torch.Tensor) -> _Heads:
+    """The same of text."""
+    return _split_heads(attn, attn.add_q_proj(states), attn.add_k_proj(states), attn.add_v_proj(states))
+
+
+def _split_heads(attn: Attention, *linear: torch.Tensor) -> _Heads:
+    query, key, value = (states.unflatten(-1, (-1, attn.inner_dim // attn.heads)) for states in linear)
+    return query, key, value
+
+
+def _norm_image(attn: Attention, heads: _Heads) -> _Heads:
+    """Where the model does so."""
+    query, key, value = heads
     if attn.norm_q is not None:
         query = attn.norm_q(query)
     if attn.norm_k is not None:
@@ -191,10 +206,9 @@ def _project_image(attn: Attention, states: torch.Tensor) -> _Heads:
     return query, key, value
 
 
-def _project_text(attn: Attention, states: torch.Tensor) -> _Heads:
-    """The same of text."""
-    linears, width = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), attn.inner_dim // attn.heads
-    query, key, value = (linear(states).unflatten(-1, (-1, width)) for linear in linears)
+def _norm_text(attn: Attention, heads: _Heads) -> _Heads:
+    """Likewise."""
+    query, key, value = heads
     if attn.norm_added_q is not None:
         query = attn.norm_added_q(query)
     if attn.norm_added_k is not None:
