@@ -240,7 +240,7 @@ def test_every_public_name_needs_no_other_import() -> None:
         "import diffusers_concept_maps as dcm; print(dcm.parity.IMAP.name, dcm.backbones.supported()[0]); "
         "[getattr(dcm, name) for name in dcm.__all__]"
     )
-    assert python("-c", call, cwd=ROOT) == "imap CogVideoXTransformer3DModel"
+    assert python("-c", call, cwd=ROOT) == "imap AuraFlowTransformer2DModel"
     assert sorted(diffusers_concept_maps._HOME) == diffusers_concept_maps.__all__
 
 
