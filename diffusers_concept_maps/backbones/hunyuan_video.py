@@ -225,6 +225,16 @@ class ConceptHunyuanVideoAttnProcessor2_0(HunyuanVideoConceptProcessor, HunyuanV
 
     stock: ClassVar[type | None] = HunyuanVideoAttnProcessor2_0
 
+    @classmethod
+    def serves(cls, attention: nn.Module, given: Mapping[str, Any]) -> bool:
+        """See `ConceptProcessor.serves`; the mask is what its relatives have in another shape, or not at all."""
+        return (
+            isinstance(attention, Attention)
+            and (attention.added_kv_proj_dim is not None or attention.pre_only)
+            and set(given) == {"encoder_hidden_states", "attention_mask", "image_rotary_emb"}
+            and given["attention_mask"].ndim == 4
+        )
+
 
 Projected = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Query, key and value `[batch, S, H, D]`."""

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from diffusers.models.attention_processor import Attention, FusedJointAttnProcessor2_0, JointAttnProcessor2_0
+from diffusers.models.normalization import FP32LayerNorm
 from torch import nn
 from torch.nn import functional
 
@@ -157,6 +158,12 @@ class ConceptJointAttnProcessor2_0(_JointProcessor, JointAttnProcessor2_0):
     """Drop-in for `JointAttnProcessor2_0`."""
 
     stock: ClassVar[type | None] = JointAttnProcessor2_0
+    fused: ClassVar[bool | None] = False
+
+    @classmethod
+    def serves(cls, attention: nn.Module, given: Mapping[str, Any]) -> bool:
+        """See `ConceptProcessor.serves`."""
+        return _is_separate_joint(attention, given) and bool(attention.fused_projections) == cls.fused
 
     def _project(
         self, attn: Attention, image: torch.Tensor, text: torch.Tensor
@@ -186,6 +193,12 @@ class ConceptFusedJointAttnProcessor2_0(_JointProcessor, FusedJointAttnProcessor
     """
 
     stock: ClassVar[type | None] = FusedJointAttnProcessor2_0
+    fused: ClassVar[bool | None] = True
+
+    @classmethod
+    def serves(cls, attention: nn.Module, given: Mapping[str, Any]) -> bool:
+        """See `ConceptProcessor.serves`."""
+        return _is_separate_joint(attention, given) and bool(attention.fused_projections) == cls.fused
 
     def _project(
         self, attn: Attention, image: torch.Tensor, text: torch.Tensor
@@ -201,6 +214,17 @@ class ConceptFusedJointAttnProcessor2_0(_JointProcessor, FusedJointAttnProcessor
     def _finish(self, attn: Attention, image: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         image = attn.to_out[1](attn.to_out[0](image))
         return image, _finish_text(attn, text)
+
+
+def _is_separate_joint(attention: nn.Module, given: Mapping[str, Any]) -> bool:
+    """Self-attention with projections of its own for text and without positions; that of AuraFlow has other norms."""
+    return (
+        isinstance(attention, Attention)
+        and attention.added_kv_proj_dim is not None
+        and attention.context_pre_only is not None
+        and not isinstance(attention.norm_q, FP32LayerNorm)
+        and set(given) == {"encoder_hidden_states"}
+    )
 
 
 def _split_heads(attn: Attention, states: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import nn
 
@@ -98,11 +99,17 @@ def install_processors(transformer: Any, processor: Any) -> None:
 class ConceptAttnProcessor(ConceptProcessor):
     """One processor for all modules: `transformer.set_attn_processor(ConceptAttnProcessor())`.
 
-    At its first call for a module it finds that module's stock class and from then on delegates to a drop-in for it.
+    At its first call for a module it finds that module's stock class and from then on delegates to a drop-in for it:
+    most families have attention modules of a class of their own, that names it; of CogVideoX, HunyuanVideo and SD3 the
+    structure of the module and what it is called with tell. Whatever else is in doubt is an error at the first call.
     """
+
+    _attention_backend: Any = None  # what the host tells its processors
+    _parallel_config: Any = None
 
     def __init__(self) -> None:
         """Nothing is known yet about the modules it will serve."""
+        importlib.import_module("diffusers_concept_maps.backbones")  # most drop-ins are there
         self._delegates: WeakKeyDictionary[nn.Module, ConceptProcessor] = WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[type[ConceptAttnProcessor], tuple[()]]:
@@ -119,38 +126,58 @@ class ConceptAttnProcessor(ConceptProcessor):
         temb: torch.Tensor | None = None,
     ) -> Any:
         """As the stock processor of `attn`; arguments that were not given are not passed on."""
-        delegate: Any = self.delegate(attn, encoder_hidden_states is not None)
-        if image_rotary_emb is not None and encoder_hidden_states is None:
-            raise _unknown(attn)  # the plain processor that stands in for text-free attention would drop the positions
-        given = {
+        arguments = {
             "encoder_hidden_states": encoder_hidden_states,
             "attention_mask": attention_mask,
             "image_rotary_emb": image_rotary_emb,
             "temb": temb,
         }
+        given = {name: value for name, value in arguments.items() if value is not None}
+        delegate: Any = self.delegate(attn, given)
+        carry_over(self, delegate)
         delegate.recorder = self.recorder
         try:
-            return delegate(attn, hidden_states, **{name: value for name, value in given.items() if value is not None})
+            if isinstance(attn, AttentionModuleMixin):  # called by position, in the order of its own processor
+                count = max((place for place, name in enumerate(arguments, 1) if name in given), default=0)
+                return delegate(attn, hidden_states, *list(arguments.values())[:count])
+            return delegate(attn, hidden_states, **given)
         finally:
             delegate.recorder = None
 
-    def delegate(self, attn: nn.Module, has_text: bool) -> ConceptProcessor:
+    def project_key(self, attn: nn.Module, text: torch.Tensor) -> torch.Tensor:
+        """See `ConceptProcessor.project_key`."""
+        return self._delegates[attn].project_key(attn, text)
+
+    def delegate(self, attn: nn.Module, given: Mapping[str, Any]) -> ConceptProcessor:
         """The processor that does the work for a module.
+
+        Args:
+            attn: the module.
+            given: what it is called with beside its hidden states, by name.
 
         Raises:
             ConceptMapsError: the module's stock processor is not known.
         """
         known = self._delegates.get(attn)
-        if known is not None and (known.stock is None or known.serves(attn, has_text)):
-            return known
-        for cls in CONCEPT_PROCESSORS:
-            if cls.serves(attn, has_text):
-                self._delegates[attn] = cls()
-                return self._delegates[attn]
-        if isinstance(attn, Attention) and not has_text:
-            self._delegates[attn] = passive(AttnProcessor2_0)()
-            return self._delegates[attn]
-        raise _unknown(attn)
+        if known is None or known.fused not in (None, getattr(attn, "fused_projections", False)):
+            known = self._delegates[attn] = _drop_in(attn, given)
+        if type(known) is passive(AttnProcessor2_0) and "image_rotary_emb" in given:
+            raise _unknown(attn)  # which that class would drop
+        return known
+
+
+def _drop_in(attn: nn.Module, given: Mapping[str, Any]) -> ConceptProcessor:
+    for cls in CONCEPT_PROCESSORS:
+        if cls.serves(attn, given):
+            return cls()
+    if isinstance(attn, AttentionModuleMixin) and attn._default_processor_cls is not None:
+        return passive(attn._default_processor_cls)()
+    if isinstance(attn, Attention) and "encoder_hidden_states" not in given:
+        weight = getattr(attn.norm_q, "weight", None)
+        alone = weight is not None and weight.shape[-1] == attn.inner_dim // attn.heads
+        if attn.norm_q is None or alone:  # what norms all heads together has a processor of its own
+            return passive(AttnProcessor2_0)()
+    raise _unknown(attn)
 
 
 def _unknown(attn: nn.Module) -> ConceptMapsError:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from diffusers_concept_maps.errors import ConceptMapsError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
     from torch import nn
 
@@ -23,10 +25,12 @@ class ConceptProcessor:
     Attributes:
         recorder: the capture that reads this processor, set for its duration.
         stock: the class it is a drop-in for; None in the router and in processors that have nothing to show.
+        fused: it is for modules whose projections are fused, or for others; None is for both.
     """
 
     recorder: Recorder | Relay | None = None
     stock: ClassVar[type | None] = None
+    fused: ClassVar[bool | None] = None
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -34,9 +38,14 @@ class ConceptProcessor:
             CONCEPT_PROCESSORS.append(cls)
 
     @classmethod
-    def serves(cls, attention: nn.Module, has_text: bool) -> bool:
-        """Whether a module that is called with or without text is one whose stock processor is `stock`."""
-        return False
+    def serves(cls, attention: nn.Module, given: Mapping[str, Any]) -> bool:
+        """Whether `stock` is the stock processor of a module, as far as its class, or structure and arguments, tell.
+
+        Args:
+            attention: the module.
+            given: what it is called with beside its hidden states, by the names of the router's arguments.
+        """
+        return getattr(type(attention), "_default_processor_cls", None) is cls.stock
 
     def project_key(self, attn: Any, text: torch.Tensor) -> torch.Tensor:
         """Keys `[row, H, text, D]` of text as a cross-attention takes it `[row, text, width]`; in graphs needed alone.
@@ -77,5 +86,5 @@ def from_stock(cls: type[ConceptProcessor], stock: Any) -> ConceptProcessor:
 def carry_over(processor: Any, stock: Any) -> None:
     """What `set_attention_backend` and `enable_parallelism` have told the processor, the stock one has to know too."""
     for name in ("_attention_backend", "_parallel_config"):
-        if vars(processor).get(name) is not vars(stock).get(name):
-            setattr(stock, name, getattr(processor, name))
+        if hasattr(stock, name) and getattr(processor, name, None) is not getattr(stock, name):
+            setattr(stock, name, getattr(processor, name, None))

@@ -7,6 +7,7 @@ Where concepts come along behind the text (`attention="one_pass"`), they go behi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 import torch
@@ -22,13 +23,14 @@ from torch.nn import functional
 from diffusers_concept_maps.processors._base import ConceptProcessor
 
 
-def _is_shared_joint(attention: nn.Module, has_text: bool) -> bool:
-    """Self-attention that is handed text but has no projections of its own for it."""
+def _is_shared_joint(attention: nn.Module, given: Mapping[str, Any]) -> bool:
+    """Self-attention that is handed text but has no input projections of its own for it, and an output projection."""
     return (
-        has_text
+        "encoder_hidden_states" in given
         and isinstance(attention, Attention)
         and not attention.is_cross_attention
         and attention.added_kv_proj_dim is None
+        and not attention.pre_only
     )
 
 
@@ -113,22 +115,24 @@ class ConceptCogVideoXAttnProcessor2_0(_SharedJointProcessor, CogVideoXAttnProce
     """Drop-in for `CogVideoXAttnProcessor2_0`."""
 
     stock: ClassVar[type | None] = CogVideoXAttnProcessor2_0
+    fused: ClassVar[bool | None] = False
 
     @classmethod
-    def serves(cls, attention: nn.Module, has_text: bool) -> bool:
+    def serves(cls, attention: nn.Module, given: Mapping[str, Any]) -> bool:
         """See `ConceptProcessor.serves`."""
-        return _is_shared_joint(attention, has_text) and not attention.fused_projections
+        return _is_shared_joint(attention, given) and not attention.fused_projections
 
 
 class ConceptFusedCogVideoXAttnProcessor2_0(_SharedJointProcessor, FusedCogVideoXAttnProcessor2_0):
     """Drop-in for `FusedCogVideoXAttnProcessor2_0`, after `fuse_qkv_projections`."""
 
     stock: ClassVar[type | None] = FusedCogVideoXAttnProcessor2_0
+    fused: ClassVar[bool | None] = True
 
     @classmethod
-    def serves(cls, attention: nn.Module, has_text: bool) -> bool:
+    def serves(cls, attention: nn.Module, given: Mapping[str, Any]) -> bool:
         """See `ConceptProcessor.serves`."""
-        return _is_shared_joint(attention, has_text) and bool(attention.fused_projections)
+        return _is_shared_joint(attention, given) and bool(attention.fused_projections)
 
     def _linear(self, attn: Attention, joint: torch.Tensor) -> tuple[torch.Tensor, ...]:
         projected = attn.to_qkv(joint)

@@ -80,6 +80,7 @@ FEATURES = {
         "the runs of the other one are left out; within a step of the traced one they are an error",
         {},
     ),
+    "router": Feature("`transformer.set_attn_processor(dcm.ConceptAttnProcessor())`", _EXACT, {}),
     "tiling": Feature("`pipe.vae.enable_tiling()`", _EXACT, {}),
     "first block cache": Feature("`enable_cache(FirstBlockCacheConfig(...))`", _SKIPS, {"SD3": _NO_CACHE}),
     "pyramid": Feature("`enable_cache(PyramidAttentionBroadcastConfig(...))`", _SKIPS, {"SD3": _NO_CACHE}),
