@@ -12,6 +12,7 @@ import pytest
 import torch
 from backbones import tiny_wan
 from backbones._oracle import embeds_of, kept_state, layer_taps
+from backbones._runs import check_training
 from backbones.test_contract import CONCEPTS, NORMALIZATIONS, close, output_of, recorded_calls
 from backbones.tiny_wan import CASES, GRID, call, components, silent
 from diffusers import WanImageToVideoPipeline, WanPipeline, WanVACEPipeline
@@ -191,6 +192,16 @@ def test_fused_projections(case: Any) -> None:
     assert kept_state(transformer) == before
     for method in METHODS:
         close(maps.get(method), expected.get(method), 1e-5)
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[3]], ids=str)
+def test_training_with_fused_projections(case: Any) -> None:
+    def make() -> Any:
+        transformer = case.make()
+        transformer.fuse_qkv_projections()
+        return transformer
+
+    check_training(make, case.inputs(2, case.text_lengths[-1], 1), embeds_of(case), METHODS)
 
 
 def test_concepts_are_encoded_as_prompts() -> None:
