@@ -3,7 +3,7 @@
 Self-attention of the video, then cross-attention to a text that no block updates and that has no positions: states of
 T5 as they are, or, in 2.5, those of all layers of Qwen behind the model's projection. Concepts are projected alike and
 have keys in every block. The image context of 2.5 has an attention of its own, of which maps say nothing; frames that
-are given are part of the grid. Of a transfer in several chunks the maps are those of the last one.
+are given are part of the grid. Transfers in chunks that continue one another are refused: each has maps of its own.
 """
 
 from __future__ import annotations
@@ -81,7 +81,16 @@ class CosmosBackbone(CrossBackbone):
         return [(start, stop) if start < stop else (0, 0) for start, stop in inside]
 
     def grid(self, transformer: Any, call: Mapping[str, Any]) -> Grid:
-        """See `Backbone.grid`; latents are `[batch, channel, frame, height, width]`."""
+        """See `Backbone.grid`; latents are `[batch, channel, frame, height, width]`.
+
+        Raises:
+            ConceptMapsError: a transfer goes on behind its first chunk, the only one without frames that are given.
+        """
+        if call.get("block_controlnet_hidden_states") is not None and bool(call["condition_mask"][:, :, 0].any()):
+            raise ConceptMapsError(
+                "the pipeline makes this video in chunks, and each would have maps of its own; transfer no more "
+                "frames than num_frames_per_chunk"
+            )
         _, _, frames, height, width = call["hidden_states"].shape
         patch = transformer.config.patch_size
         return Grid(frames // patch[0], height // patch[1], width // patch[2])

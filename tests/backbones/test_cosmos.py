@@ -12,8 +12,10 @@ from backbones import test_contract
 from backbones import tiny_cosmos as tiny
 from backbones._case import Case, Inputs, seeded
 from backbones._oracle import embeds_of
+from backbones._runs import check_run
 from diffusers import (
     Cosmos2_5_PredictBasePipeline,
+    Cosmos2_5_TransferPipeline,
     Cosmos2TextToImagePipeline,
     Cosmos2VideoToWorldPipeline,
     CosmosTextToWorldPipeline,
@@ -21,6 +23,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_utils import ModelMixin
 from PIL import Image
 
 import diffusers_concept_maps as dcm
@@ -59,6 +63,31 @@ def cosmos25() -> Any:
         tiny.make_conversation_tokenizer(),
         tiny.make_qwen(),
     )
+
+
+class Residuals(ModelMixin, ConfigMixin):  # type: ignore[misc]  # untyped host
+    """Stands in for the control model, which needs torchvision: the same interface, residuals of the controls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = torch.nn.Linear(1, 48)
+
+    def forward(self, controls_latents: torch.Tensor, **_: Any) -> tuple[list[torch.Tensor]]:
+        """A residual for two of three blocks `[batch, token, 48]`."""
+        pooled = torch.nn.functional.avg_pool3d(controls_latents.mean(1, keepdim=True), (1, 4, 4))
+        residual = self.project(pooled.flatten(2).mT)
+        return ([residual, 0.5 * residual],)
+
+
+@cache
+def transfer() -> Any:
+    """Its transformer takes residuals, and reads an image context of zeros."""
+    torch.manual_seed(1)
+    transformer = with_image_context(controlnet_block_every_n=2, max_size=(9, 32, 32))
+    components = cosmos25().components | {"transformer": transformer}
+    pipe = Cosmos2_5_TransferPipeline(**components, controlnet=Residuals())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def variant(name: str, pipeline: Any, call: Any = tiny.call_video, **changes: Any) -> Case:
@@ -108,6 +137,25 @@ def test_a_video_in_2_5() -> None:
     checks.test_steps_and_branches(case)
     passes = test_contract.recorded_calls(case, cosmos25(), ["a red dog"])
     assert [given["timestep"].argmax().item() for _, given in passes] == [2, 2, 0, 0, 0, 0]
+
+
+def call_transfer(pipe: Any, prompts: list[str], **options: Any) -> torch.Tensor:
+    settings = {"controls": VIDEO, "num_frames_per_chunk": 9, "max_sequence_length": 48}
+    return tiny.call(pipe, prompts[:1], **(settings | options))
+
+
+def test_transfer() -> None:
+    run = partial(call_transfer, transfer(), ["a red dog"])
+    rows = [(place, slice(None)) for place in (0, 2, 4)]
+    check_run(transfer(), run, embeds_of(tiny.CASES[1]), tiny.GRID, rows, passes=6, methods=METHODS)
+
+
+def test_transfers_in_chunks_are_refused() -> None:
+    with (
+        dcm.trace(transfer(), CONCEPTS, methods=METHODS),
+        pytest.raises(dcm.ConceptMapsError, match="makes this video in chunks"),
+    ):
+        call_transfer(transfer(), ["a red dog"], controls=[*VIDEO, *VIDEO])
 
 
 @pytest.mark.parametrize("case", [tiny.CASES[0], VARIANTS[1], VARIANTS[3]], ids=str)
