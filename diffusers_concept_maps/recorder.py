@@ -14,6 +14,7 @@ from diffusers_concept_maps.backbones import Backbone, CrossBackbone, Grid, Join
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
 from diffusers_concept_maps.methods import LayerTaps
 from diffusers_concept_maps.one_pass import JoinedConcepts, check_call
+from diffusers_concept_maps.parallel import gather_tokens
 from diffusers_concept_maps.plan import CapturePlan
 from diffusers_concept_maps.progress import Place, RunTracker
 from diffusers_concept_maps.prompt import TextRows
@@ -234,7 +235,8 @@ class Recorder:
         assert current is not None  # `records` is True
 
         def heads(tokens: slice) -> Heads:
-            return Heads(*(tensor[current.rows, :, tokens] for tensor in (query, key, value, output)))
+            parts = (tensor[current.rows, :, tokens] for tensor in (query, key, value, output))
+            return Heads(*(gather_tokens(current.transformer, part) for part in parts))
 
         whole = heads(image)
         if current.words is not None:
@@ -281,7 +283,8 @@ class Recorder:
             assert current.fixed is not None  # concepts are the targets
             key = current.fixed.keys(self._sites[current.transformer][layer].block, self._arguments(current), project)
         current.arguments = None
-        image_query, image_output = (current.grid.select(tensor[current.rows]) for tensor in (query, output))
+        whole = (gather_tokens(current.transformer, tensor[current.rows]) for tensor in (query, output))
+        image_query, image_output = (current.grid.select(tensor) for tensor in whole)
         taps = LayerTaps(
             *(image_query, None, None, image_output),
             *(None, key, None, None),

@@ -114,6 +114,11 @@ class FluxBackbone(JointBackbone):
             "image_rotary_emb": first_position(arguments["image_rotary_emb"]),
         }
 
+    def text_tokens(self, block: nn.Module, arguments: Mapping[str, Any], call: Mapping[str, Any]) -> int:
+        """See `JointBackbone.text_tokens`; a block that is handed text may have a part of it (context parallelism)."""
+        text = arguments.get("encoder_hidden_states")
+        return super().text_tokens(block, arguments, call) if text is None else int(text.shape[1])
+
     def leave(self, block: nn.Module, block_output: Any) -> torch.Tensor:
         """See `JointBackbone.leave`; a block returns text, then image, or both as one."""
         return cast(torch.Tensor, block_output if isinstance(block_output, torch.Tensor) else block_output[0])

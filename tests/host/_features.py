@@ -43,6 +43,7 @@ _NO_CACHE = Blank(AttributeError, "no attribute 'enable_cache'")
 _NO_BACKEND = Blank(None, "its processors call PyTorch's attention themselves")
 _NO_FUSION = Blank(None, "its attention modules have no such method")
 _NO_IP_ADAPTER = Blank(AttributeError, "no attribute 'load_ip_adapter'")
+_NO_PLAN = Blank(ValueError, "`cp_plan` must be provided")
 _EXACT = "frames and maps as without"
 _SKIPS = "skipped steps and layers are not in `coverage`"
 
@@ -81,6 +82,11 @@ FEATURES = {
         {},
     ),
     "router": Feature("`transformer.set_attn_processor(dcm.ConceptAttnProcessor())`", _EXACT, {}),
+    "context parallel": Feature(
+        "`transformer.enable_parallelism(config=ContextParallelConfig(...))`",
+        "frames of the host, and in every process the maps of one (within 1e-5); every process needs the capture",
+        dict.fromkeys(("CogVideoX", "HunyuanVideo", "SD3"), _NO_PLAN),
+    ),
     "tiling": Feature("`pipe.vae.enable_tiling()`", _EXACT, {}),
     "first block cache": Feature("`enable_cache(FirstBlockCacheConfig(...))`", _SKIPS, {"SD3": _NO_CACHE}),
     "pyramid": Feature("`enable_cache(PyramidAttentionBroadcastConfig(...))`", _SKIPS, {"SD3": _NO_CACHE}),
