@@ -62,10 +62,13 @@ FEATURES = {
     "sequential offload": Feature("`pipe.enable_sequential_cpu_offload()`", _EXACT, {}),
     "casting": Feature("`enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, ...)`", _EXACT, {}),
     "quantized": Feature("linear layers in int8 (`torch.ao.quantization.quantize_dynamic`)", "frames as without", {}),
+    "low rank": Feature("linear layers wrapped in low-rank adapters", f"{_EXACT}; before or during", {}),
     "backend": Feature(
         "`transformer.set_attention_backend(...)`", _EXACT, {"CogVideoX": _NO_BACKEND, "SD3": _NO_BACKEND}
     ),
-    "fuse": Feature("`transformer.fuse_qkv_projections()`", _EXACT, {"HunyuanVideo": _NO_FUSION}),
+    "fuse": Feature(
+        "`transformer.fuse_qkv_projections()`", "frames as without, maps within 1e-5", {"HunyuanVideo": _NO_FUSION}
+    ),
     "fuse while attached": Feature(
         "the same, while a capture is attached",
         "frames as without; where it replaces processors (CogVideoX, SD3) a warning, and no maps",
@@ -110,6 +113,46 @@ def refused(blank: Blank | None, apply: Callable[[], object]) -> bool:
     return True
 
 
+def _row(feature: Feature) -> list[str]:
+    marks = [str(feature.blanks.get(case.name, "yes")) for case in FAMILIES]
+    return [feature.what, *marks, feature.note]
+
+
 def page() -> str:
-    """The documentation page."""
-    return ""
+    """The documentation page: what `FEATURES` says, which the tests assert cell by cell."""
+    header = ["feature", *(case.name for case in FAMILIES), "with a capture"]
+    rows = [header, ["---"] * len(header), *(_row(feature) for feature in FEATURES.values())]
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return _PAGE.format(table=table)
+
+
+_PAGE = """# What of diffusers works beside a capture
+
+Written by `python docs/make_host.py` from the table that the tests in `tests/host/` go through, cell by cell:
+"yes" is tested with a tiny stock pipeline; "stock refuses" is an error of diffusers itself that a test expects,
+"stock ignores" a call that changes nothing there. All of it on the CPU.
+
+{table}
+
+Frames are compared bit for bit with those of the same feature without a capture.
+
+**torch.compile.** Compile before the capture; compiling within its `with` block is an error. Graphs have no break:
+the blocks' tensors are handed to ops that call back, and the concepts themselves run eagerly, outside of the
+graph. The first capture of a compiled model compiles once more, later ones do not. The ops take a tensor on the
+CPU, so that graphs with them are not recorded as CUDA graphs (not tried on a GPU). Under Inductor maps differ from
+those of eager by what its own rounding makes of the model. `attention="one_pass"` refuses compiled models. Of
+models with cross-attention, a processor has to say how it projects keys (`project_key`).
+
+**Caches.** A step or layer that a cache leaves out has no map: `maps.coverage` says what a map is made of, and the
+mean is over that alone. Pyramid Attention Broadcast and FasterCache count every forward pass, also where guidance
+has two.
+
+**Context parallelism.** Enter the capture in every process; the tokens of a layer are gathered before it is
+scored.
+
+**IP-Adapter, fused projections.** What replaces processors while a capture is attached is noticed at the next
+call. Fuse before the `with` block; unload the IP-Adapter before it.
+
+**Not tried**: quantization by torchao, bitsandbytes, GGUF or Quanto, LoRA by PEFT itself, and ring attention, for
+want of the packages or of a GPU; low-rank adapters are tested with linear layers wrapped as PEFT wraps them.
+"""
