@@ -19,6 +19,7 @@ Run = Callable[[], torch.Tensor]
 _known = {case.name: case for case in find_cases()}
 NAMES = ("CogVideoX", "Wan 2.1", "HunyuanVideo", "FLUX.1 dev", "SD3")
 FAMILIES = COGVIDEOX, WAN, HUNYUAN, FLUX, SD3 = tuple(_known[name] for name in NAMES)
+TWO = _known["Wan 2.2"]
 
 
 @cache

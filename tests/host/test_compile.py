@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from backbones._oracle import kept_state
-from host._families import COGVIDEOX, CONCEPTS, SD3, Case, run, same_maps, traced
+from host._families import COGVIDEOX, CONCEPTS, PROMPTS, SD3, TWO, WAN, Case, run, same_maps, traced
 from host._features import Blank, cells, refused
 from torch._dynamo.utils import counters
 
 import diffusers_concept_maps as dcm
 from diffusers_concept_maps.backbones import find_backbone
+from diffusers_concept_maps.processors import ConceptProcessor
 
 
 @pytest.fixture(autouse=True)
@@ -166,3 +167,38 @@ def test_one_pass_refuses_graphs(how: Callable[[Any, str], None]) -> None:
     capture = dcm.trace(pipe, CONCEPTS, attention="one_pass")
     with pytest.raises(dcm.ConceptMapsError, match="does not work with torch.compile"), capture:
         pass
+
+
+def test_cross_attention_that_does_not_say_how_it_projects_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = WAN.pipeline()
+    whole(pipe, "eager")
+    cross = type(dcm.concept_attn_processors(pipe.transformer)["blocks.0.attn2.processor"])
+    monkeypatch.setattr(cross, "project_key", ConceptProcessor.project_key)
+    message = "ConceptWanAttnProcessor has no `project_key`, so that a compiled model cannot be traced"
+    with dcm.trace(pipe, CONCEPTS, methods=WAN.methods), pytest.raises(dcm.ConceptMapsError, match=message):
+        run(WAN, pipe)
+
+
+def test_two_compiled_transformers_in_one_pipeline() -> None:
+    """Experts for high and low noise, of which each has graphs of its own."""
+    pipe = TWO.pipeline()
+    plain, expected = traced(TWO, pipe)
+    pipe.transformer.compile(fullgraph=True, backend="eager")
+    pipe.transformer_2 = torch.compile(pipe.transformer_2, fullgraph=True, backend="eager")
+    off = run(TWO, pipe)
+    on, maps = traced(TWO, pipe)
+    assert torch.equal(on, off)
+    same_maps(TWO, maps, expected)
+
+
+def test_a_pipeline_that_returns_maps_around_a_compiled_transformer() -> None:
+    pipe = SD3.pipeline()
+    _, expected = traced(SD3, pipe)
+    wrapped(pipe, "eager")
+    off, mixed = run(SD3, pipe), dcm.with_concept_maps(pipe)
+    options = {"num_inference_steps": 3, "guidance_scale": 4.0, "height": 20, "width": 12, "output_type": "latent"}
+    output = mixed(
+        PROMPTS, concepts=CONCEPTS, max_sequence_length=12, generator=torch.Generator().manual_seed(0), **options
+    )
+    assert torch.equal(output.images, off)
+    torch.testing.assert_close(output.concept_maps.get(), expected.get(), rtol=0, atol=1e-5)
