@@ -14,7 +14,7 @@ from typing import Any, ClassVar, cast
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
-from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxIPAdapterAttnProcessor
 from torch import nn
 
 from diffusers_concept_maps.backbones._base import Grid, JointBackbone, Preset, Site
@@ -235,6 +235,42 @@ class ConceptFluxAttnProcessor(StreamsProcessor, FluxAttnProcessor):
     """Drop-in for `FluxAttnProcessor`, in its order of operations; also after `fuse_qkv_projections`."""
 
     stock: ClassVar[type | None] = FluxAttnProcessor
+
+
+class ConceptFluxIPAdapterAttnProcessor(StreamsProcessor, FluxIPAdapterAttnProcessor):
+    """Drop-in for `FluxIPAdapterAttnProcessor`, in whose blocks the image reads another image as well."""
+
+    stock: ClassVar[type | None] = FluxIPAdapterAttnProcessor
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        ip_hidden_states: list[torch.Tensor] | None = None,
+        ip_adapter_masks: torch.Tensor | None = None,
+    ) -> Any:
+        """As `StreamsProcessor`, with what the image has read of the other one as a third result."""
+        recorder, given = self.recorder, (hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        if recorder is None or not recorder.records(attn):
+            return FluxIPAdapterAttnProcessor.__call__(self, attn, *given, ip_hidden_states, ip_adapter_masks)
+        result = super().__call__(attn, *given)
+        if recorder.answering:
+            return result
+        assert ip_hidden_states is not None  # the host asks for it
+        return *result, self._read(attn, hidden_states, ip_hidden_states)
+
+    def _read(self, attn: Any, image: torch.Tensor, others: list[torch.Tensor]) -> torch.Tensor:
+        """Attention of the image, without positions, to the tokens of every adapter `[batch, token, width]`."""
+        query, _, _ = _norm(attn, _project(attn, image))
+        total = torch.zeros_like(image)
+        for other, scale, to_key, to_value in zip(others, self.scale, self.to_k_ip, self.to_v_ip, strict=False):
+            shape = (image.shape[0], -1, attn.heads, attn.head_dim)
+            output, _ = self.attend(None)([query, to_key(other).view(shape), to_value(other).view(shape)], 0)
+            total += scale * output.reshape(image.shape[0], -1, attn.heads * attn.head_dim).to(query.dtype)
+        return total
 
 
 def _project(attn: Any, states: torch.Tensor) -> list[torch.Tensor]:

@@ -14,11 +14,16 @@ length, and averages outputs over steps before it compares them. The concept out
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, cast
 
 import torch
-from diffusers.models.attention_processor import Attention, FusedJointAttnProcessor2_0, JointAttnProcessor2_0
+from diffusers.models.attention_processor import (
+    Attention,
+    FusedJointAttnProcessor2_0,
+    JointAttnProcessor2_0,
+    SD3IPAdapterJointAttnProcessor2_0,
+)
 from diffusers.models.normalization import FP32LayerNorm
 from torch import nn
 from torch.nn import functional
@@ -130,11 +135,23 @@ class _JointProcessor(ConceptProcessor, ABC):
         if recorder is None or encoder_hidden_states is None or not recorder.records(attn):
             stock: Any = super()
             return stock.__call__(attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
+        return self._record(attn, hidden_states, encoder_hidden_states)
+
+    def _record(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        adapt: Callable[[torch.Tensor], torch.Tensor] = lambda image: image,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A call that is recorded; `adapt` changes what the image has read, before its output projection."""
+        recorder = self.recorder
+        assert recorder is not None  # it records
         query, key, value = self._project(attn, hidden_states, encoder_hidden_states)
         output = functional.scaled_dot_product_attention(query, key, value, dropout_p=0.0, is_causal=False)
         states = _join_heads(output).to(query.dtype)
         count = hidden_states.shape[1]
-        image, text = self._finish(attn, states[:, :count], states[:, count:])
+        image, text = self._finish(attn, adapt(states[:, :count]), states[:, count:])
         recorder.observe(attn, query, key, value, output, text=slice(count, None), image=slice(0, count))
         return image, text
 
@@ -154,16 +171,8 @@ class _JointProcessor(ConceptProcessor, ABC):
         return attn.to_out[1](attn.to_out[0](image)), text
 
 
-class ConceptJointAttnProcessor2_0(_JointProcessor, JointAttnProcessor2_0):
-    """Drop-in for `JointAttnProcessor2_0`."""
-
-    stock: ClassVar[type | None] = JointAttnProcessor2_0
-    fused: ClassVar[bool | None] = False
-
-    @classmethod
-    def serves(cls, attention: nn.Module, given: Mapping[str, Any]) -> bool:
-        """See `ConceptProcessor.serves`."""
-        return _is_separate_joint(attention, given) and bool(attention.fused_projections) == cls.fused
+class _SeparateProcessor(_JointProcessor):
+    """Every projection is a module of its own."""
 
     def _project(
         self, attn: Attention, image: torch.Tensor, text: torch.Tensor
@@ -184,6 +193,63 @@ class ConceptJointAttnProcessor2_0(_JointProcessor, JointAttnProcessor2_0):
         if attn.norm_added_k is not None:
             key = attn.norm_added_k(key)
         return query, key, value
+
+
+class ConceptJointAttnProcessor2_0(_SeparateProcessor, JointAttnProcessor2_0):
+    """Drop-in for `JointAttnProcessor2_0`."""
+
+    stock: ClassVar[type | None] = JointAttnProcessor2_0
+    fused: ClassVar[bool | None] = False
+
+    @classmethod
+    def serves(cls, attention: nn.Module, given: Mapping[str, Any]) -> bool:
+        """See `ConceptProcessor.serves`."""
+        return _is_separate_joint(attention, given) and bool(attention.fused_projections) == cls.fused
+
+
+class ConceptSD3IPAdapterJointAttnProcessor2_0(_SeparateProcessor, SD3IPAdapterJointAttnProcessor2_0):
+    """Drop-in for `SD3IPAdapterJointAttnProcessor2_0`, in which the image reads another image as well."""
+
+    stock: ClassVar[type | None] = SD3IPAdapterJointAttnProcessor2_0
+
+    @classmethod
+    def serves(cls, attention: nn.Module, given: Mapping[str, Any]) -> bool:
+        """See `ConceptProcessor.serves`; it has weights of its own, which the router has not."""
+        return False
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        ip_hidden_states: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+    ) -> Any:
+        """As `ConceptJointAttnProcessor2_0`; tokens of the other image `[batch, token, width]` and of their time."""
+        recorder = self.recorder
+        quiet = recorder is None or recorder.answering or not recorder.records(attn)
+        if quiet or encoder_hidden_states is None:
+            given = (hidden_states, encoder_hidden_states, attention_mask, ip_hidden_states, temb)
+            return super().__call__(attn, *given)
+
+        def adapt(image: torch.Tensor) -> torch.Tensor:
+            if self.scale == 0 or ip_hidden_states is None:
+                return image
+            read = self._read(attn, hidden_states, self.norm_ip(ip_hidden_states, temb=temb))
+            return cast(torch.Tensor, image + read * self.scale)
+
+        return self._record(attn, hidden_states, encoder_hidden_states, adapt)
+
+    def _read(self, attn: Attention, image: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """Attention of an image to itself and the other one."""
+        query, key, value = (_split_heads(attn, linear(image)) for linear in (attn.to_q, attn.to_k, attn.to_v))
+        other_key, other_value = (_split_heads(attn, linear(other)) for linear in (self.to_k_ip, self.to_v_ip))
+        keys = torch.cat([self.norm_k(key), self.norm_ip_k(other_key)], dim=2)
+        values = torch.cat([value, other_value], dim=2)
+        query = self.norm_q(query)
+        output = functional.scaled_dot_product_attention(query, keys, values, dropout_p=0.0, is_causal=False)
+        return _join_heads(output).to(query.dtype)
 
 
 class ConceptFusedJointAttnProcessor2_0(_JointProcessor, FusedJointAttnProcessor2_0):

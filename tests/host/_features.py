@@ -42,7 +42,9 @@ _NO_REPEATED = Blank(ValueError, "`_repeated_blocks` attribute is empty")
 _NO_CACHE = Blank(AttributeError, "no attribute 'enable_cache'")
 _NO_BACKEND = Blank(None, "its processors call PyTorch's attention themselves")
 _NO_FUSION = Blank(None, "its attention modules have no such method")
-_NO_IP_ADAPTER = Blank(AttributeError, "no attribute 'load_ip_adapter'")
+_NO_IP_ADAPTERS = dict.fromkeys(
+    ("CogVideoX", "Wan 2.1", "HunyuanVideo"), Blank(AttributeError, "no attribute 'load_ip_adapter'")
+)
 _NO_PLAN = Blank(ValueError, "`cp_plan` must be provided")
 _EXACT = "frames and maps as without"
 _SKIPS = "skipped steps and layers are not in `coverage`"
@@ -74,10 +76,11 @@ FEATURES = {
         "frames as without; where it replaces processors (CogVideoX, SD3) a warning, and no maps",
         {"HunyuanVideo": _NO_FUSION},
     ),
-    "ip adapter": Feature(
-        "`pipe.load_ip_adapter(...)`",
-        "refused with an error that says why; while a capture is attached, frames as without, a warning, and no maps",
-        dict.fromkeys(("CogVideoX", "Wan 2.1", "HunyuanVideo"), _NO_IP_ADAPTER),
+    "ip adapter": Feature("`pipe.load_ip_adapter(...)`", _EXACT, _NO_IP_ADAPTERS),
+    "ip adapter while attached": Feature(
+        "the same, while a capture is attached",
+        "frames as without, a warning, and no maps of the layers with other processors",
+        _NO_IP_ADAPTERS,
     ),
     "sharing": Feature(
         "two pipelines with one transformer",
@@ -151,7 +154,7 @@ has two.
 scored.
 
 **IP-Adapter, fused projections.** What replaces processors while a capture is attached is noticed at the next
-call. Fuse before the `with` block; unload the IP-Adapter before it.
+call. Fuse projections and load an IP-Adapter before the `with` block.
 
 **Not tried**: quantization by torchao, bitsandbytes, GGUF or Quanto, LoRA by PEFT itself, and ring attention, for
 want of the packages or of a GPU; low-rank adapters are tested with linear layers wrapped as PEFT wraps them.

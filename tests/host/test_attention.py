@@ -11,7 +11,7 @@ from backbones._oracle import kept_state
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 from diffusers.models.embeddings import IPAdapterTimeImageProjection
-from host._families import CONCEPTS, FLUX, WAN, Case, pipeline_of, run, same_maps, traced
+from host._families import CONCEPTS, FLUX, SD3, WAN, Case, pipeline_of, run, same_maps, traced
 from host._features import Blank, cells, refused
 
 import diffusers_concept_maps as dcm
@@ -140,21 +140,41 @@ def run_adapted(case: Case, pipe: Any) -> torch.Tensor:
     return run(case, pipe, ip_adapter_image_embeds=numbers(2, 5, 8, seed=60))
 
 
+LOADERS = {FLUX.name: load_flux_adapter, SD3.name: load_sd3_adapter}
+
+
 @pytest.mark.parametrize(("case", "blank"), cells("ip adapter"))
-def test_ip_adapter(case: Case, blank: Blank | None, warnings: list[str]) -> None:
+def test_ip_adapter(case: Case, blank: Blank | None) -> None:
+    """Frames and maps are made with it; with nothing to read, maps are those of a model without it."""
+    pipe = case.pipeline()
+    if refused(blank, lambda: pipe.load_ip_adapter("anything") if blank else LOADERS[case.name](pipe)):
+        return
+    off, before = run_adapted(case, pipe), kept_state(pipe.transformer)
+    with dcm.trace(pipe, CONCEPTS, methods=case.methods) as maps:
+        on = run_adapted(case, pipe)
+    assert torch.equal(on, off)
+    assert not torch.equal(off, run(case, pipeline_of(case)))
+    assert kept_state(pipe.transformer) == before
+    plain, expected = traced(case, pipeline_of(case))
+    assert not torch.equal(maps.get(), expected.get())
+    with dcm.trace(pipe, CONCEPTS, methods=case.methods, steps=[0], layers=[0]) as first:
+        run_adapted(case, pipe)
+    with dcm.trace(pipeline_of(case), CONCEPTS, methods=case.methods, steps=[0], layers=[0]) as expected:
+        run(case, pipeline_of(case))
+    same_maps(case, first, expected, 0.0)  # the first layer of the first step has read nothing yet
+    pipe.transformer.set_attn_processor(dcm.concept_attn_processors(pipe.transformer))
+    assert torch.equal(run_adapted(case, pipe), off)
+
+
+@pytest.mark.parametrize(("case", "blank"), cells("ip adapter while attached"))
+def test_loading_an_ip_adapter_while_attached(case: Case, blank: Blank | None, warnings: list[str]) -> None:
     pipe, adapted = case.pipeline(), case.pipeline()
     if blank is not None:
-        assert refused(blank, lambda: pipe.load_ip_adapter("anything"))
         return
-    load = load_flux_adapter if case is FLUX else load_sd3_adapter
-    load(adapted)
+    LOADERS[case.name](adapted)
     off = run_adapted(case, adapted)
-    assert not torch.equal(off, run(case, pipeline_of(case)))
-    with pytest.raises(dcm.ConceptMapsError, match="IPAdapter.* which cannot be traced"), dcm.trace(adapted, CONCEPTS):
-        pass
-    assert torch.equal(run_adapted(case, adapted), off)
     with dcm.trace(pipe, CONCEPTS, methods=case.methods):
-        load(pipe)
+        LOADERS[case.name](pipe)
         assert torch.equal(run_adapted(case, pipe), off)
     assert torch.equal(run_adapted(case, pipe), off)
     assert len(warnings) == 1
