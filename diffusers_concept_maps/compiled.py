@@ -132,9 +132,7 @@ class Relay:
         """See `Recorder.observe`."""
         if torch.compiler.is_compiling():
             heads = [tensor.detach() for tensor in (query, key, value, output)]
-            tokens = query.shape[2]
-            at_text, at_image = text.indices(tokens), image.indices(tokens)
-            _observe(self._order, self._number, heads, [*at_text[:2], *at_image[:2]])
+            _observe(self._order, self._number, heads, [*_bounds(text, query), *_bounds(image, query)])
         else:
             self.recorder.observe(attention, query, key, value, output, text=text, image=image)
 
@@ -237,6 +235,12 @@ def new_order() -> torch.Tensor:
 def _number(value: int) -> torch.Tensor:
     with torch.inference_mode(False):
         return torch.tensor(value)
+
+
+def _bounds(tokens: slice, heads: torch.Tensor) -> tuple[int, int]:
+    """First token of a slice and the one behind its last; `slice.indices` would bind the graph to one length."""
+    start = 0 if tokens.start is None else tokens.start
+    return start, heads.shape[2] if tokens.stop is None else tokens.stop
 
 
 def _describe(value: Any, tensors: list[torch.Tensor]) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from backbones._oracle import kept_state
+from backbones._case import find_cases
+from backbones._oracle import embeds_of, kept_state
 from host._families import COGVIDEOX, CONCEPTS, PROMPTS, SD3, TWO, WAN, Case, run, same_maps, traced
 from host._features import Blank, cells, refused
 from torch._dynamo.utils import counters
@@ -88,6 +90,24 @@ def test_repeated_blocks(case: Case, blank: Blank | None) -> None:
 
     if not refused(blank, lambda: how(case.pipeline(), "eager")):
         expect_same(case, case.pipeline(), how)
+
+
+@pytest.mark.parametrize("name", ["SD3", "AuraFlow", "Chroma"])
+def test_texts_of_other_lengths_need_few_graphs(name: str) -> None:
+    """Graphs become dynamic under a capture as well; single blocks of the last two are not told where text ends."""
+    case = next(case for case in find_cases() if case.name == name)
+    pipe, plain = SimpleNamespace(transformer=case.make()), case.make()
+    blocks(pipe, "eager")
+    counts = []
+    for length in (5, 3, 7, 4, 6):
+        inputs, traces = case.inputs(2, length, 1), []
+        for transformer in (plain, pipe.transformer):
+            with torch.no_grad(), dcm.trace(transformer, concept_embeds=embeds_of(case), methods=case.methods) as maps:
+                transformer(**inputs)
+            traces.append(maps)
+        same_maps(case, traces[1], traces[0])
+        counts.append(graphs())
+    assert counts[1:] == counts[1:2] * 4
 
 
 @pytest.mark.parametrize("how", [wrapped, wrapped_blocks, attentions])
