@@ -200,7 +200,7 @@ def test_other_processors_are_not_made_out_of_ours(install: Callable[[Any], Any]
 
 
 def test_unsupported_transformers_get_no_processors() -> None:
-    with pytest.raises(dcm.ConceptMapsError, match="Linear cannot be traced; supported are CogVideoX"):
+    with pytest.raises(dcm.ConceptMapsError, match="Linear cannot be traced; supported are .*CogVideoX"):
         dcm.concept_attn_processors(nn.Linear(1, 1))
 
 
