@@ -61,7 +61,9 @@ FEATURES = {
     "group offload, leaves": Feature('`enable_group_offload(..., offload_type="leaf_level")`', _EXACT, {}),
     "group offload, disk": Feature("`enable_group_offload(..., offload_to_disk_path=...)`", _EXACT, {}),
     "model offload": Feature("`pipe.enable_model_cpu_offload()`", _EXACT, {}),
-    "sequential offload": Feature("`pipe.enable_sequential_cpu_offload()`", _EXACT, {}),
+    "sequential offload": Feature(
+        "`accelerate.cpu_offload(transformer)`, as `enable_sequential_cpu_offload` does", _EXACT, {}
+    ),
     "casting": Feature("`enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, ...)`", _EXACT, {}),
     "quantized": Feature("linear layers in int8 (`torch.ao.quantization.quantize_dynamic`)", "frames as without", {}),
     "low rank": Feature("linear layers wrapped in low-rank adapters", f"{_EXACT}; before or during", {}),
@@ -76,10 +78,12 @@ FEATURES = {
         "frames as without; where it replaces processors (CogVideoX, SD3) a warning, and no maps",
         {"HunyuanVideo": _NO_FUSION},
     ),
-    "ip adapter": Feature("`pipe.load_ip_adapter(...)`", _EXACT, _NO_IP_ADAPTERS),
+    "ip adapter": Feature(
+        "`pipe.load_ip_adapter(...)`", "frames as without a capture, maps of the adapted model", _NO_IP_ADAPTERS
+    ),
     "ip adapter while attached": Feature(
         "the same, while a capture is attached",
-        "frames as without, a warning, and no maps of the layers with other processors",
+        "frames as without a capture, a warning, and no maps of the layers with other processors",
         _NO_IP_ADAPTERS,
     ),
     "sharing": Feature(
