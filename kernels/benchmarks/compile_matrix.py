@@ -7,7 +7,7 @@ that an operation refuses as not enabled are left out.
 Checked of every launch and target: it compiles, and its shared memory fits. On sm_90, moreover, what takes float16 or
 bfloat16 uses no local memory, which means that no register is spilled. Any other outcome ends in exit status 1.
 
-The full matrix takes hours of CPU time. Finished compilations are kept in a file, so that it can be interrupted.
+The full matrix takes an hour of CPU time. Finished compilations are kept in a file, so that it can be interrupted.
 """
 
 from __future__ import annotations
@@ -181,21 +181,38 @@ def _lower_priority() -> None:
     os.nice(max(0, NICENESS - os.nice(0)))
 
 
+def label(launch: Launch, use: Use) -> tuple[str, ...]:
+    """The first columns of the line of a launch."""
+    names = (launch.kernel, " ".join(use.ops), " ".join(use.dtypes), " ".join(map(str, use.head_widths)))
+    return (*names, launch.describe())
+
+
+def check_table(path: Path, launches: dict[Launch, Use]) -> None:
+    """Raise unless a table is of these launches, and every cell of it as it must be."""
+    with path.open(newline="") as file:
+        found = {tuple(row[:5]): dict(zip(TARGETS, row[5:], strict=True)) for row in list(csv.reader(file))[1:]}
+    expected: dict[tuple[str, ...], Use] = {label(launch, use): use for launch, use in launches.items()}
+    if stale := found.keys() ^ expected.keys():
+        raise SystemExit(f"{path} is stale in {len(stale)} lines, such as {' '.join(sorted(stale)[0])}; write it anew")
+    for line, cells in found.items():
+        for target, cell in cells.items():
+            if cell and (why := Compiled(*map(int, cell.split("/"))).violation(target, expected[line])):
+                raise SystemExit(f"{path}: {' '.join(line)} on {target}: {why}")
+
+
 def write_table(path: Path, launches: dict[Launch, Use], cells: dict[Pair, Compiled]) -> None:
     """Write one line per configuration: registers, bytes of shared and of local memory on every target."""
     rows: dict[tuple[str, ...], dict[str, Compiled]] = {}
     for (launch, target), compiled in cells.items():
-        use = launches[launch]
-        names = (launch.kernel, " ".join(use.ops), " ".join(use.dtypes), " ".join(map(str, use.head_widths)))
-        row = rows.setdefault((*names, launch.describe()), {})
+        row = rows.setdefault(label(launch, launches[launch]), {})
         # Launches that differ in what is known of strides and sizes share a line, which shows the worst of them.
         row[target] = max(row.get(target, Compiled()), compiled, key=lambda one: (one.error, one.local, one.registers))
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["kernel", "operations", "dtypes", "head widths", "configuration", *TARGETS])
-        for label, row in sorted(rows.items()):
-            writer.writerow([*label, *(row[target].cell() if target in row else "" for target in TARGETS)])
+        for names, row in sorted(rows.items()):
+            writer.writerow([*names, *(row[target].cell() if target in row else "" for target in TARGETS)])
 
 
 def summary(launches: dict[Launch, Use], cells: dict[Pair, Compiled]) -> str:
@@ -231,7 +248,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--list", action="store_true", help="print the launches and compile nothing")
     parser.add_argument("--state", type=Path, default=ROOT / "build" / "compile_matrix.jsonl", help="what is finished")
-    parser.add_argument("--table", type=Path, help="CSV file to write, and beside it the summary with suffix .md")
+    parser.add_argument("--table", type=Path, help="CSV file to write")
+    parser.add_argument("--check", type=Path, help="compile nothing, and check that this table is of today's launches")
     return parser.parse_args()
 
 
@@ -256,6 +274,9 @@ def main() -> None:
         for launch, name in pairs:
             print(name, launch.kernel, launches[launch], launch.describe())
         return
+    if options.check:
+        check_table(options.check, launches)
+        return
     cells: dict[Pair, Compiled] = {}
     bad = 0
     for (launch, name), compiled in compile_all(pairs, Results(options.state), options.jobs):
@@ -267,7 +288,6 @@ def main() -> None:
     print(text)
     if options.table:
         write_table(options.table, launches, cells)
-        options.table.with_suffix(".md").write_text(text + "\n")
     if bad:
         raise SystemExit(f"{bad} of {len(cells)} compilations are not as they must be")
     print(f"all {len(cells)} compilations are as they must be")
