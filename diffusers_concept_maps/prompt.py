@@ -52,10 +52,14 @@ class TextRows:
 
 
 class _Encoded:
-    """One call of `encode_prompt`: the prompts it was given, None for embeddings, and the tensors it has returned."""
+    """One call of `encode_prompt`: its prompts, None for embeddings, and the tensors it has returned.
 
-    def __init__(self, prompt: str | list[str] | None, encoded: Any) -> None:
+    `misleading` is the argument that keeps their words from being found, if there is one.
+    """
+
+    def __init__(self, prompt: str | list[str] | None, encoded: Any, misleading: str | None) -> None:
         self.prompts = [prompt] if isinstance(prompt, str) else prompt
+        self.misleading = misleading
         returned = encoded if isinstance(encoded, tuple | list) else (encoded,)
         self._tensors = [tensor for tensor in returned if isinstance(tensor, torch.Tensor)]
 
@@ -105,6 +109,7 @@ class PromptTokens:
         self._given = positions
         self._official = official
         self._prompts: list[str] | None = None
+        self._misleading: str | None = None
         self._encoded: list[_Encoded] = []  # since the last run whose words were asked for
         self._listener: Callable[..., Any] | None = None
         self._before: Any = None
@@ -119,7 +124,8 @@ class PromptTokens:
                 given = inspect.signature(original).bind(*args, **kwargs).arguments
                 prompts = [given[name] for name in self._backbone.prompt_arguments if given.get(name) is not None]
                 encoded = original(*args, **kwargs)
-                self._encoded.append(_Encoded(prompts[0] if prompts else None, encoded))
+                misleading = self._backbone.misleading(self._pipe, given)
+                self._encoded.append(_Encoded(prompts[0] if prompts else None, encoded, misleading))
                 return encoded
 
             self._before, self._listener = self._pipe.__dict__.get("encode_prompt"), encode_prompt
@@ -146,12 +152,14 @@ class PromptTokens:
             text: what the transformer was handed as text in this forward pass.
 
         Raises:
-            ConceptMapsError: the prompts are not known, a word is not in one of them, or lies beyond `length`.
+            ConceptMapsError: the prompts or their tokens are not known, a word is not in one of them, or lies beyond
+                `length`.
         """
         if self._encoded:
             handed = [entry for entry in self._encoded if entry.is_text(text)] if len(self._encoded) > 1 else []
             likely = self._encoded[-1 if self._backbone.batched_guidance else 0]
-            self._prompts = (handed or [likely])[0].prompts
+            chosen = (handed or [likely])[0]
+            self._prompts, self._misleading = chosen.prompts, chosen.misleading
             self._encoded = []
         tables = self._tables(length)
         if videos % len(tables):
@@ -181,6 +189,11 @@ class PromptTokens:
             raise ConceptMapsError(
                 "target='prompt' needs the text of the prompt, and this run was given prompt_embeds; pass "
                 "prompt_tokens={word: positions}"
+            )
+        if self._misleading is not None:
+            raise ConceptMapsError(
+                f"{self._misleading} gives the text of this run other tokens than those of the prompt alone, so that "
+                f"its words cannot be found; leave it out, or pass prompt_tokens={{word: positions}}"
             )
         prompts = [self._backbone.clean(prompt) for prompt in self._prompts]
         if self._chosen is None:

@@ -201,6 +201,18 @@ class Backbone(ABC):
         """
         return token_spans(pipe.tokenizer, prompt, length)
 
+    def misleading(self, pipe: Any, arguments: Mapping[str, Any]) -> str | None:
+        """The argument of `encode_prompt` that makes other tokens than those that `token_spans` tells of.
+
+        Args:
+            pipe: whose it is.
+            arguments: what it was given, by name.
+
+        Returns:
+            Its name; None where the tokens are those.
+        """
+        return None
+
     def timesteps(self, scheduled: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
         """What the family's pipelines hand to the transformer at each timestep of the scheduler, to the bit.
 

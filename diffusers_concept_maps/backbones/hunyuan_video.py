@@ -106,6 +106,11 @@ class HunyuanVideoBackbone(JointBackbone):
             images = len(range(0, _template(pipe)["image_emb_len"], interleave))
         return [(0, 0)] * images + prompt_spans(pipe, prompt, length - images)
 
+    def misleading(self, pipe: Any, arguments: Mapping[str, Any]) -> str | None:
+        """See `Backbone.misleading`; a template of the caller's."""
+        name = "prompt_template"
+        return name if name in arguments and arguments[name] != _template(pipe) else None
+
     def grid(self, transformer: Any, call: Mapping[str, Any]) -> Grid:
         """See `Backbone.grid`; latents are `[batch, channel, frame, height, width]`."""
         _, _, frames, height, width = call["hidden_states"].shape

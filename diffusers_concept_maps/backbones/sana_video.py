@@ -64,7 +64,7 @@ class SanaVideoBackbone(CrossBackbone):
         """See `Backbone.token_spans`.
 
         The tokens of the default instruction and the prompt, in lower case and without blanks around it, of which the
-        pipelines take the first and the last. For a call with another instruction, pass `prompt_tokens`.
+        pipelines take the first and the last.
         """
         instruction = "\n".join(_instruction(pipe) or ())
         marked = len(pipe.tokenizer.encode(instruction)) - 2 if instruction else 0
@@ -79,6 +79,11 @@ class SanaVideoBackbone(CrossBackbone):
             start, stop = (max(place - len(instruction), 0) + blanks for place in (start, stop))
             found.append((source[start], source[stop - 1] + 1) if stop > start else (0, 0))
         return found
+
+    def misleading(self, pipe: Any, arguments: Mapping[str, Any]) -> str | None:
+        """See `Backbone.misleading`; another instruction than the default one, or none."""
+        name = "complex_human_instruction"
+        return name if (arguments.get(name) or None) != (_instruction(pipe) or None) else None
 
     def grid(self, transformer: Any, call: Mapping[str, Any]) -> Grid:
         """See `Backbone.grid`; latents are `[batch, channel, frame, height, width]`."""

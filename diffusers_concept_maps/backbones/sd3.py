@@ -88,6 +88,12 @@ class SD3Backbone(JointBackbone):
             spans += token_spans(pipe.tokenizer_3, prompt, length - _CLIP_TOKENS)
         return spans
 
+    def misleading(self, pipe: Any, arguments: Mapping[str, Any]) -> str | None:
+        """See `Backbone.misleading`; encoders that are given prompts of their own."""
+        others = ("prompt_2",) if pipe.text_encoder_3 is None else ("prompt_2", "prompt_3")
+        prompt = arguments.get("prompt")
+        return next((name for name in others if arguments.get(name) and arguments[name] != prompt), None)
+
     def grid(self, transformer: Any, call: Mapping[str, Any]) -> Grid:
         """See `Backbone.grid`; latents are `[batch, channel, height, width]`."""
         _, _, height, width = call["hidden_states"].shape

@@ -308,6 +308,14 @@ class TestText:
         for method in METHODS:
             assert torch.equal(found.get(method), given.get(method))
 
+    def test_words_are_not_looked_for_in_another_template(self) -> None:
+        pipe, template = tiny.make_pipeline(), {"template": "the beach {}", "crop_start": 0}
+        with (
+            pytest.raises(dcm.ConceptMapsError, match="^prompt_template gives the text of this run other tokens"),
+            dcm.trace(pipe, ["dog"], target="prompt", methods=METHODS),
+        ):
+            tiny.call(pipe, ["a red dog"], prompt_template=template)
+
     def test_words_stand_behind_the_image(self) -> None:
         for condition, images in (("token_replace", 144), ("latent_concat", 288)):
             pipe = image_to_video(condition, tokenizer=tiny.make_tokenizer(begin=1))

@@ -103,6 +103,14 @@ def test_words_of_the_prompt() -> None:
         assert torch.equal(words.get(method), positions.get(method))
 
 
+def test_words_are_not_looked_for_behind_another_instruction() -> None:
+    with (
+        pytest.raises(dcm.ConceptMapsError, match="^complex_human_instruction gives the text of this run other tokens"),
+        dcm.trace(pipeline(), ["dog"], methods=METHODS, target="prompt"),
+    ):
+        tiny.call(pipeline(), ["the red dog"], complex_human_instruction=["the sky"])
+
+
 def test_no_instruction() -> None:
     """Where a pipeline has none by default, the prompt stands right behind the start mark."""
 

@@ -124,6 +124,19 @@ def test_words_of_the_prompt_are_rows_of_every_encoder(
         assert torch.equal(maps.get(method), expected.get(method))
 
 
+@pytest.mark.parametrize("name", ["prompt_2", "prompt_3"])
+def test_words_are_not_looked_for_where_encoders_have_other_prompts(name: str, pipe: StableDiffusion3Pipeline) -> None:
+    with dcm.trace(pipe, ["dog"], target="prompt", methods=METHODS) as maps:
+        tiny.call(pipe, ["a red dog"], **{name: ["a red dog"]})
+    assert maps.concepts == ("dog",)
+    message = rf"^{name} gives the text of this run other tokens than .*leave it out, or pass prompt_tokens="
+    with (
+        pytest.raises(dcm.ConceptMapsError, match=message),
+        dcm.trace(pipe, ["dog"], target="prompt", methods=METHODS),
+    ):
+        tiny.call(pipe, ["a red dog"], **{name: ["the dog"]})
+
+
 @pytest.mark.parametrize(("branch", "row"), [("cond", 1), ("uncond", 0)])
 def test_text_to_image(branch: str, row: int, pipe: StableDiffusion3Pipeline) -> None:
     places = [(step, slice(row, row + 1)) for step in range(3)]
