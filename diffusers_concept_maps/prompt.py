@@ -29,6 +29,10 @@ class TextRows:
     weights: torch.Tensor
     length: int
 
+    def fits(self, videos: int, length: int) -> bool:
+        """Whether they are those of so many videos, with so many text tokens."""
+        return (self.weights.shape[0], self.length) == (videos, length)
+
     def last(self, text: torch.Tensor) -> torch.Tensor:
         """Text `[R, H, text, D]` as cross-attention reads it, without what stands before the prompt in it.
 

@@ -169,9 +169,10 @@ class Recorder:
         if self._plan.prompt is None:
             self._start_concepts(current, present, announced.text_length, device)
         else:
-            if self._words is None or self._words.weights.shape[0] != rows.stop - rows.start:
+            videos, length = rows.stop - rows.start, announced.text_length
+            if self._words is None or not self._words.fits(videos, length):
                 text = announced.call.get("encoder_hidden_states")
-                self._words = self._plan.prompt.rows(rows.stop - rows.start, announced.text_length, device, text)
+                self._words = self._plan.prompt.rows(videos, length, device, text)
                 self._plan.check_words()
             current.words = self._words
         self.results.expect(current.grid, {name: s.stop - s.start for name, s in branches.items()})

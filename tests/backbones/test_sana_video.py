@@ -105,7 +105,7 @@ def test_words_of_the_prompt() -> None:
 
 def test_words_are_not_looked_for_behind_another_instruction() -> None:
     with (
-        pytest.raises(dcm.ConceptMapsError, match="^complex_human_instruction gives the text of this run other tokens"),
+        pytest.raises(dcm.ConceptMapsError, match="^complex_human_instruction gives the text of this run"),
         dcm.trace(pipeline(), ["dog"], methods=METHODS, target="prompt"),
     ):
         tiny.call(pipeline(), ["the red dog"], complex_human_instruction=["the sky"])

@@ -42,6 +42,21 @@ def test_words_of_the_prompt(text: int) -> None:
             close(maps.get(method), expected.get(method), 1e-5)
 
 
+def test_words_of_texts_of_different_lengths() -> None:
+    """The rows of a word are counted from the start of each text, also where a longer one follows in a capture."""
+    transformer, short, long = CASES[0].make(), CASES[0].inputs(1, 5, 1), CASES[0].inputs(1, 8, 2)
+    off = output_of(transformer, long)
+    with dcm.trace(transformer, methods=METHODS, steps=[1], **PROMPT) as expected:
+        output_of(transformer, long)
+        output_of(transformer, long)
+    with dcm.trace(transformer, methods=METHODS, steps=[0, 1], **PROMPT) as both:
+        output_of(transformer, short)
+        one = {method: both.get(method) for method in METHODS}
+        assert torch.equal(output_of(transformer, long), off)
+    for method in METHODS:
+        close(both.get(method), (one[method] + expected.get(method)) / 2, 1e-5)
+
+
 def test_words_are_looked_for_in_the_prompt_as_it_is_tokenized() -> None:
     pipe = tiny_wan.make_pipeline()
     prompt = "  a\n red &amp;   dog "
