@@ -47,6 +47,7 @@ _NO_IP_ADAPTERS = dict.fromkeys(
 )
 _NO_PLAN = Blank(ValueError, "`cp_plan` must be provided")
 _EXACT = "frames and maps as without"
+_LORA = "frames as without, maps of weights with the LoRA in them (within 1e-4); before or while attached"
 _SKIPS = "skipped steps and layers are not in `coverage`"
 
 FEATURES = {
@@ -65,8 +66,24 @@ FEATURES = {
         "`accelerate.cpu_offload(transformer)`, as `enable_sequential_cpu_offload` does", _EXACT, {}
     ),
     "casting": Feature("`enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, ...)`", _EXACT, {}),
+    "torchao": Feature(
+        "`from_pretrained(..., quantization_config=TorchAoConfig(Int8WeightOnlyConfig()))`",
+        "frames as without, maps of the rounded weights (within 1e-4)",
+        {},
+    ),
     "quantized": Feature("linear layers in int8 (`torch.ao.quantization.quantize_dynamic`)", "frames as without", {}),
-    "low rank": Feature("linear layers wrapped in low-rank adapters", f"{_EXACT}; before or during", {}),
+    "lora": Feature("`pipe.load_lora_weights(...)`, `unload_lora_weights()`", _LORA, {}),
+    "lora scale": Feature(
+        '`attention_kwargs={"scale": ...}`, `joint_attention_kwargs={"scale": ...}`',
+        "frames as without, maps of the weights with as much of the LoRA in them (within 1e-4)",
+        {},
+    ),
+    "adapters": Feature(
+        "`transformer.add_adapter(LoraConfig(...))`, `disable_adapters()`, `delete_adapters(...)`",
+        _LORA,
+        {},
+    ),
+    "fuse lora": Feature("`pipe.fuse_lora()`, `unfuse_lora()`", _LORA, {}),
     "backend": Feature(
         "`transformer.set_attention_backend(...)`", _EXACT, {"CogVideoX": _NO_BACKEND, "SD3": _NO_BACKEND}
     ),
@@ -160,6 +177,9 @@ scored.
 **IP-Adapter, fused projections.** What replaces processors while a capture is attached is noticed at the next
 call. Fuse projections and load an IP-Adapter before the `with` block.
 
-**Not tried**: quantization by torchao, bitsandbytes, GGUF or Quanto, LoRA by PEFT itself, and ring attention, for
-want of the packages or of a GPU; low-rank adapters are tested with linear layers wrapped as PEFT wraps them.
+**LoRA, quantization.** LoRA is PEFT's, on every linear layer of the transformer; weights in int8 are torchao's, and
+PyTorch's own, whose layers have no tensor for a weight.
+
+**Not tried**: quantization by bitsandbytes, GGUF or Quanto, LoRA on quantized weights, and ring attention, for want of
+the packages or of a GPU.
 """
