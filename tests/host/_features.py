@@ -84,6 +84,11 @@ FEATURES = {
         {},
     ),
     "fuse lora": Feature("`pipe.fuse_lora()`, `unfuse_lora()`", _LORA, {}),
+    "torchao and lora": Feature(
+        "`add_adapter(LoraConfig(...))` on weights in int8 by torchao",
+        "frames as without, maps of the rounded weights with the LoRA (within 1e-4)",
+        {},
+    ),
     "backend": Feature(
         "`transformer.set_attention_backend(...)`", _EXACT, {"CogVideoX": _NO_BACKEND, "SD3": _NO_BACKEND}
     ),
@@ -180,6 +185,5 @@ call. Fuse projections and load an IP-Adapter before the `with` block.
 **LoRA, quantization.** LoRA is PEFT's, on every linear layer of the transformer; weights in int8 are torchao's, and
 PyTorch's own, whose layers have no tensor for a weight.
 
-**Not tried**: quantization by bitsandbytes, GGUF or Quanto, LoRA on quantized weights, and ring attention, for want of
-the packages or of a GPU.
+**Not tried**: quantization by bitsandbytes, GGUF or Quanto, and ring attention, for want of the packages or of a GPU.
 """

@@ -11,23 +11,13 @@ import torch
 from backbones._oracle import kept_state
 from host._families import CONCEPTS, Case, run, same_maps, traced
 from host._features import Blank, cells
-from peft import LoraConfig
+from host._lora import add_lora
 from peft.utils import get_peft_model_state_dict
 
 import diffusers_concept_maps as dcm
 
 TOLERANCE = 1e-4
 """Of the largest value: float32 rounds the product with a sum otherwise than a sum of products; measured 2e-5."""
-
-
-def add_lora(transformer: Any) -> None:
-    """Random numbers on every linear layer, those that concepts pass before the blocks among them."""
-    names = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
-    transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=names))
-    generator = torch.Generator().manual_seed(3)
-    for name, parameter in transformer.named_parameters():
-        if "lora_" in name:
-            parameter.data.normal_(0, 0.05, generator=generator)
 
 
 def frozen(case: Case) -> Any:

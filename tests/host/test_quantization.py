@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,37 +12,71 @@ from backbones._oracle import kept_state
 from diffusers import TorchAoConfig
 from host._families import Case, pipeline_of, run, same_maps, traced
 from host._features import Blank, cells
+from host._lora import add_lora
 from torchao.quantization import Int8WeightOnlyConfig
 
 from diffusers_concept_maps.backbones import find_backbone
 
 
-@pytest.mark.parametrize(("case", "blank"), cells("torchao"))
-def test_torchao(case: Case, blank: Blank | None, tmp_path: Path) -> None:
-    """Maps are those of a model with the rounded weights, as near as one product more per output is.
-
-    Those of the unrounded ones are no reference: here every step and layer adds to what rounding changes.
-    """
-    pipe, rounded = case.pipeline(), case.pipeline()
-    pipe.transformer.save_pretrained(tmp_path)
+def in_int8(case: Case, folder: Path) -> Any:
+    """A pipeline whose transformer torchao has quantized while it was loaded."""
+    pipe = case.pipeline()
+    pipe.transformer.save_pretrained(folder)
     options = {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig()), "dtype": torch.float32}
-    pipe.transformer = type(pipe.transformer).from_pretrained(tmp_path, **options)
+    pipe.transformer = type(pipe.transformer).from_pretrained(folder, **options)
     for site in find_backbone(pipe.transformer).sites(pipe.transformer):
-        assert type(site.attention.to_q.weight) is not torch.nn.Parameter
-    for name, module in rounded.transformer.named_modules():
-        weight = getattr(pipe.transformer.get_submodule(name), "weight", None)
-        if isinstance(module, torch.nn.Linear) and type(weight) is not torch.nn.Parameter:
-            module.weight.data = weight.dequantize()
+        assert is_int8(site.attention.to_q)
+    return pipe
+
+
+def is_int8(module: Any) -> bool:
+    """Also where diffusers keeps some linear layers as they are."""
+    return isinstance(module, torch.nn.Linear) and type(module.weight) is not torch.nn.Parameter
+
+
+def rounded(case: Case, pipe: Any) -> Any:
+    """A stock pipeline with the weights that the integers of another one stand for."""
+    result = case.pipeline()
+    for name, module in result.transformer.named_modules():
+        layer = pipe.transformer.get_submodule(name)
+        if is_int8(layer):
+            module.weight.data = layer.weight.dequantize()
+    return result
+
+
+def expect_same(case: Case, pipe: Any, reference: Any) -> None:
+    """Frames are unchanged by a capture, and frames and maps are those of the reference.
+
+    Those of weights that are not rounded are none: every step and layer adds to what rounding changes. The tolerance
+    is for scales that are multiplied after the sum instead of before it; measured 2e-5.
+    """
     off = run(case, pipe)
     before = kept_state(pipe.transformer)
     on, maps = traced(case, pipe)
     assert torch.equal(on, off)
     assert kept_state(pipe.transformer) == before
     assert torch.equal(run(case, pipe), off)
-    assert not torch.equal(off, run(case, pipeline_of(case)))
-    plain, expected = traced(case, rounded)
+    plain, expected = traced(case, reference)
     torch.testing.assert_close(off, plain, rtol=0, atol=1e-4 * float(plain.abs().max()))
-    same_maps(case, maps, expected, 1e-4)  # measured 2e-5
+    same_maps(case, maps, expected, 1e-4)
+
+
+@pytest.mark.parametrize(("case", "blank"), cells("torchao"))
+def test_torchao(case: Case, blank: Blank | None, tmp_path: Path) -> None:
+    pipe = in_int8(case, tmp_path)
+    assert not torch.equal(run(case, pipe), run(case, pipeline_of(case)))
+    expect_same(case, pipe, rounded(case, pipe))
+
+
+@pytest.mark.parametrize(("case", "blank"), cells("torchao and lora"))
+def test_lora_on_torchao(case: Case, blank: Blank | None, tmp_path: Path) -> None:
+    pipe = in_int8(case, tmp_path)
+    reference = rounded(case, pipe)
+    off = run(case, pipe)
+    for changed in (pipe, reference):
+        add_lora(changed.transformer)
+    assert not torch.equal(run(case, pipe), off)
+    expect_same(case, pipe, reference)
 
 
 @pytest.mark.parametrize(("case", "blank"), cells("quantized"))
