@@ -103,6 +103,7 @@ class Recorder:
         self._tracker = RunTracker(pipe, backbone)
         self._announced: _Announced | None = None
         self._words: TextRows | None = None
+        self._grid: tuple[Any, Grid] | None = None  # of the last recorded pass of this run, and what it was read from
         self._moved: dict[torch.device, torch.Tensor] = {}
         self._warned = False
         self._pass: _Pass | None = None
@@ -121,10 +122,10 @@ class Recorder:
         if self._plan.attention == "one_pass":
             check_call(self._backbone, transformer)
         if place.starts_run:
-            self._words = None
+            self._words = self._grid = None
             self.results.start_run(place.steps)
         if self._plan.includes(place.step, place.steps):
-            grid, text_length = self._backbone.grid(transformer, call), self._backbone.text_length(call)
+            grid, text_length = self._read_grid(transformer, call, place), self._backbone.text_length(call)
             self._announced = _Announced(transformer, call, place, grid, text_length)
 
     def end(self, *, finished: bool) -> None:
@@ -332,6 +333,14 @@ class Recorder:
                 "transformer itself"
             )
         return current.arguments
+
+    def _read_grid(self, transformer: nn.Module, call: Mapping[str, Any], place: Place) -> Grid:
+        """The grid of a forward pass, read once for those of a run that are alike: a device may wait for it."""
+        plain = {name: value for name, value in call.items() if isinstance(value, torch.Tensor | int | str)}
+        source = (transformer, {name: getattr(value, "shape", value) for name, value in plain.items()})
+        if self._grid is None or self._grid[0] != source or place.steps is None:
+            self._grid = source, self._backbone.grid(transformer, call)
+        return self._grid[1]
 
     def _choose_rows(self, present: Mapping[str, slice]) -> tuple[slice, dict[str, slice]] | None:
         """Rows of the batch to record, and the wanted branches as slices of those rows."""

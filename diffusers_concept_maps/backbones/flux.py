@@ -85,7 +85,7 @@ class FluxBackbone(JointBackbone):
     def grid(self, transformer: Any, call: Mapping[str, Any]) -> Grid:
         """See `Backbone.grid`.
 
-        Latents are packed, and only the positions of the tokens tell their rows: for these a device waits once.
+        Latents are packed, and only the positions of the tokens tell their rows: for these a device waits.
         """
         return grid_of(call["img_ids"])
 

@@ -29,7 +29,7 @@ class LTXBackbone(CrossBackbone):
     """LTX-Video in all its sizes.
 
     Pipelines say the token grid, but for that of conditions: it gives every token its coordinates, from which the grid
-    is read, for which a device waits once per step.
+    is read, for which a device waits.
     """
 
     transformer_classes: ClassVar[tuple[str, ...]] = ("LTXVideoTransformer3DModel",)

@@ -128,6 +128,27 @@ def test_the_grid_is_counted() -> None:
         assert grid_of(behind, 10) == dcm.backbones.Grid(1, height, width, 10)
 
 
+def test_the_grid_is_read_once_in_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device waits for it; another transformer call may have another one, unless a pipeline makes it."""
+    read, stock = [], BACKBONE.grid
+
+    def grid(transformer: Any, call: Any) -> Any:
+        read.append(stock(transformer, call))
+        return read[-1]
+
+    monkeypatch.setattr(BACKBONE, "grid", grid)
+    pipe = pipeline()
+    with dcm.trace(pipe, concept_embeds=EMBEDS) as maps:
+        for height, width in ((20, 12), (12, 20)):  # as many tokens
+            tiny.call(pipe, "a red dog", height=height, width=width, **GUIDED)
+            assert maps.get().shape[2:] == (1, height // 4, width // 4)
+    assert read == [dcm.backbones.Grid(1, 5, 3), dcm.backbones.Grid(1, 3, 5)]
+    with torch.no_grad(), dcm.trace(pipe.transformer, concept_embeds=EMBEDS) as maps:
+        for height, width in ((5, 3), (3, 5)):
+            pipe.transformer(**tiny.inputs(1, 5, 1) | {"img_ids": tiny.positions(height, width)})
+            assert maps.get().shape[2:] == (1, height, width)
+
+
 def test_projections_that_are_fused_during_a_capture() -> None:
     """The processors stay in place, and the maps are those of a model that was fused before."""
     given, maps = tiny.inputs(2, 5, 1), []
