@@ -16,7 +16,6 @@ from backbones._runs import METHODS, check_step, recorded_passes, word_maps
 from backbones.golden_flux import Golden
 from diffusers import FluxControlNetModel
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
-from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 
 import diffusers_concept_maps as dcm
 from diffusers_concept_maps.backbones import flux
@@ -359,10 +358,3 @@ def test_presets(config: dict[str, Any], name: str | None) -> None:
     preset = BACKBONE.preset(transformer)
     assert (preset and preset.name) == name
     assert preset is None or preset.layers == {"concept_attention": (15, 16, 17, 18)}
-
-
-def test_an_ip_adapter_is_refused() -> None:
-    transformer = tiny.make_transformer()
-    transformer.transformer_blocks[1].attn.processor = FluxIPAdapterAttnProcessor(64, 8)
-    with pytest.raises(dcm.ConceptMapsError, match="layer 1 has the attention processor FluxIPAdapterAttnProcessor"):
-        dcm.capture.attach(transformer, concept_embeds=EMBEDS)
