@@ -72,6 +72,24 @@ def find_tokens(spans: Sequence[tuple[int, int]], prompt: str, word: str) -> lis
     ]
 
 
+def check_encoders(pipe: Any, *names: str) -> None:
+    """Refuse a pipeline that lacks what encodes concepts.
+
+    Args:
+        pipe: the pipeline.
+        names: its tokenizers and text encoders that are needed.
+
+    Raises:
+        ConceptMapsError: one of them is missing.
+    """
+    missing = [name for name in names if getattr(pipe, name, None) is None]
+    if missing:
+        raise ConceptMapsError(
+            f"this {type(pipe).__name__} has no tokenizer or text encoder to encode the concepts with; pass "
+            f"concept_embeds instead, or load the pipeline with its {', '.join(missing)}"
+        )
+
+
 def word_tokens(tokenizer: Any, text: str, limit: int | None) -> int:
     """Number of tokens of a concept, without the marks that a tokenizer adds.
 

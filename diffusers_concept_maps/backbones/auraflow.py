@@ -18,9 +18,8 @@ from torch import nn
 from torch.nn import functional
 
 from diffusers_concept_maps.backbones._base import Grid, JointBackbone, Site
-from diffusers_concept_maps.errors import ConceptMapsError
 from diffusers_concept_maps.processors._base import ConceptProcessor
-from diffusers_concept_maps.tokens import word_tokens
+from diffusers_concept_maps.tokens import check_encoders, word_tokens
 
 if TYPE_CHECKING:
     from diffusers_concept_maps.compiled import Relay
@@ -49,11 +48,7 @@ class AuraFlowBackbone(JointBackbone):
 
     def encode(self, pipe: Any, texts: list[str], length: int | None) -> tuple[torch.Tensor, list[int]]:
         """See `Backbone.encode`; padding is masked in the encoder."""
-        if getattr(pipe, "tokenizer", None) is None or getattr(pipe, "text_encoder", None) is None:
-            raise ConceptMapsError(
-                f"this {type(pipe).__name__} has no tokenizer or text encoder to encode the concepts with; "
-                f"pass concept_embeds instead"
-            )
+        check_encoders(pipe, "tokenizer", "text_encoder")
         start = pipe.tokenizer(texts[0], return_special_tokens_mask=True).special_tokens_mask.index(0)
         limit, length = 256 - start if length is None else None, length or 256
         counts = [min(word_tokens(pipe.tokenizer, text, limit), length - start - 1) for text in texts]

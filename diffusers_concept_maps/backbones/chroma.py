@@ -14,9 +14,8 @@ from torch import nn
 
 from diffusers_concept_maps.backbones._base import Preset
 from diffusers_concept_maps.backbones.flux import FluxBackbone, first_position
-from diffusers_concept_maps.errors import ConceptMapsError
 from diffusers_concept_maps.parity import Parity
-from diffusers_concept_maps.tokens import token_spans, word_tokens
+from diffusers_concept_maps.tokens import check_encoders, token_spans, word_tokens
 
 
 class ChromaBackbone(FluxBackbone):
@@ -29,11 +28,7 @@ class ChromaBackbone(FluxBackbone):
 
     def encode(self, pipe: Any, texts: list[str], length: int | None) -> tuple[torch.Tensor, list[int]]:
         """See `Backbone.encode`; T5 is given a mask in these pipelines, so that padding shapes no state."""
-        if pipe.text_encoder is None or pipe.tokenizer is None:
-            raise ConceptMapsError(
-                f"this {type(pipe).__name__} has no tokenizer or text encoder to encode the concepts with; "
-                f"pass concept_embeds instead"
-            )
+        check_encoders(pipe, "tokenizer", "text_encoder")
         length = length or 512
         counts = [word_tokens(pipe.tokenizer, text, length) for text in texts]
         with torch.no_grad(), torch.random.fork_rng(enabled=pipe.text_encoder.training):

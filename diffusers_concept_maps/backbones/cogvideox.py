@@ -13,9 +13,8 @@ import torch
 from torch import nn
 
 from diffusers_concept_maps.backbones._base import Grid, JoiningBackbone, Preset, Site
-from diffusers_concept_maps.errors import ConceptMapsError
 from diffusers_concept_maps.heads import HeadSelection
-from diffusers_concept_maps.tokens import word_tokens
+from diffusers_concept_maps.tokens import check_encoders, word_tokens
 
 _IMAP_SCRIPTS = (
     "motion layers and top-5 heads of the scripts published with IMAP (arXiv 2603.02919); all steps, as there"
@@ -86,11 +85,7 @@ class CogVideoXBackbone(JoiningBackbone):
         T5 runs without a mask in this pipeline, so that padding shapes every state: concepts are padded to the
         length the transformer was trained with, as prompts are.
         """
-        if getattr(pipe, "tokenizer", None) is None or getattr(pipe, "text_encoder", None) is None:
-            raise ConceptMapsError(
-                f"this {type(pipe).__name__} has no tokenizer or text encoder to encode the concepts with; "
-                f"pass concept_embeds instead"
-            )
+        check_encoders(pipe, "tokenizer", "text_encoder")
         limit = int(pipe.transformer.config.max_text_seq_length) if length is None else None
         length = length or int(pipe.transformer.config.max_text_seq_length)
         counts = [min(word_tokens(pipe.tokenizer, text, limit), length - 1) for text in texts]

@@ -20,7 +20,7 @@ from diffusers.models.transformers.transformer_cosmos import CosmosAttnProcessor
 from diffusers_concept_maps.backbones._base import CrossBackbone, Grid, Site
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
 from diffusers_concept_maps.processors._base import ConceptProcessor
-from diffusers_concept_maps.tokens import token_spans, word_tokens, words_first
+from diffusers_concept_maps.tokens import check_encoders, token_spans, word_tokens, words_first
 
 _TEXT_TOKENS = 512
 _SYSTEM_PROMPT = "You are a helpful assistant who will provide prompts to an image generator."
@@ -48,11 +48,7 @@ class CosmosBackbone(CrossBackbone):
 
     def encode(self, pipe: Any, texts: list[str], length: int | None) -> tuple[torch.Tensor, list[int]]:
         """See `Backbone.encode`; Qwen reads every concept where a prompt would be in its conversation."""
-        if pipe.text_encoder is None or pipe.tokenizer is None:
-            raise ConceptMapsError(
-                f"this {type(pipe).__name__} has no tokenizer or text encoder to encode the concepts with; "
-                f"pass concept_embeds instead"
-            )
+        check_encoders(pipe, "tokenizer", "text_encoder")
         length = length or _TEXT_TOKENS
         converses = pipe.transformer.config.use_crossattn_projection
         counts = [word_tokens(pipe.tokenizer, text, None if converses else length) for text in texts]

@@ -18,10 +18,9 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, Fl
 from torch import nn
 
 from diffusers_concept_maps.backbones._base import Grid, JointBackbone, Preset, Site
-from diffusers_concept_maps.errors import ConceptMapsError
 from diffusers_concept_maps.parity import CONCEPT_ATTENTION, FLUX_CONCEPT_ATTENTION, Parity
 from diffusers_concept_maps.processors._base import ConceptProcessor
-from diffusers_concept_maps.tokens import token_spans, word_tokens
+from diffusers_concept_maps.tokens import check_encoders, token_spans, word_tokens
 
 _SIZE = {"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24, "in_channels": 64}
 _LAYERS = {"concept_attention": (15, 16, 17, 18)}
@@ -62,11 +61,7 @@ class FluxBackbone(JointBackbone):
         T5 runs without a mask in these pipelines, so that padding shapes every state: concepts are padded to the
         length that the checkpoint was trained with, as prompts are.
         """
-        if None in (pipe.text_encoder, pipe.text_encoder_2, pipe.tokenizer_2):
-            raise ConceptMapsError(
-                f"this {type(pipe).__name__} lacks CLIP, T5 or its tokenizer to encode the concepts with; pass "
-                f"concept_embeds instead"
-            )
+        check_encoders(pipe, "tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
         length = length or (512 if pipe.transformer.config.guidance_embeds else 256)
         counts = [word_tokens(pipe.tokenizer_2, text, length) for text in texts]
         draws = pipe.text_encoder.training or pipe.text_encoder_2.training

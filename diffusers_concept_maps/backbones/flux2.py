@@ -38,7 +38,7 @@ from diffusers_concept_maps.backbones.flux import (
 )
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
 from diffusers_concept_maps.parity import Parity
-from diffusers_concept_maps.tokens import token_spans, word_tokens
+from diffusers_concept_maps.tokens import check_encoders, token_spans, word_tokens
 
 _NOBODYS = "\ue000"  # a character that is left to private use
 
@@ -64,11 +64,7 @@ class Flux2Backbone(FluxBackbone):
 
     def encode(self, pipe: Any, texts: list[str], length: int | None) -> tuple[torch.Tensor, list[int]]:
         """See `Backbone.encode`; every text is what the user says in a chat of its own, as prompts are."""
-        if pipe.text_encoder is None or pipe.tokenizer is None:
-            raise ConceptMapsError(
-                f"this {type(pipe).__name__} has no tokenizer or text encoder to encode the concepts with; "
-                f"pass concept_embeds instead"
-            )
+        check_encoders(pipe, "tokenizer", "text_encoder")
         length = length or 512
         rows = []
         for text in texts:

@@ -22,10 +22,9 @@ from PIL import Image
 from torch import nn
 
 from diffusers_concept_maps.backbones._base import Grid, JointBackbone, Preset, Site, unpatched
-from diffusers_concept_maps.errors import ConceptMapsError
 from diffusers_concept_maps.heads import HeadSelection
 from diffusers_concept_maps.processors._base import ConceptProcessor
-from diffusers_concept_maps.tokens import token_spans, word_tokens
+from diffusers_concept_maps.tokens import check_encoders, token_spans, word_tokens
 
 _FRAMES_PER_LATENT = 4
 _ASSISTANT_MARKS = 4
@@ -82,11 +81,7 @@ class HunyuanVideoBackbone(JointBackbone):
         Where that has an image, the image of the call is not known yet: it is a black one, as in the pipeline's own
         unconditional branch.
         """
-        if getattr(pipe, "tokenizer", None) is None or getattr(pipe, "text_encoder", None) is None:
-            raise ConceptMapsError(
-                f"this {type(pipe).__name__} has no tokenizer or text encoder to encode the concepts with; "
-                f"pass concept_embeds instead"
-            )
+        check_encoders(pipe, "tokenizer", "text_encoder")
         length = length or 256
         counts = [word_tokens(pipe.tokenizer, text, length) for text in texts]
         options: dict[str, Any] = {"max_sequence_length": length}

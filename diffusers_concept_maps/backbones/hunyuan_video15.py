@@ -18,8 +18,7 @@ from torch.nn import functional
 
 from diffusers_concept_maps.backbones._base import Preset, Site
 from diffusers_concept_maps.backbones.hunyuan_video import HunyuanVideoBackbone, HunyuanVideoConceptProcessor
-from diffusers_concept_maps.errors import ConceptMapsError
-from diffusers_concept_maps.tokens import token_spans, word_tokens
+from diffusers_concept_maps.tokens import check_encoders, token_spans, word_tokens
 
 
 class HunyuanVideo15Backbone(HunyuanVideoBackbone):
@@ -34,11 +33,7 @@ class HunyuanVideo15Backbone(HunyuanVideoBackbone):
 
     def encode(self, pipe: Any, texts: list[str], length: int | None) -> tuple[torch.Tensor, list[int]]:
         """See `Backbone.encode`; states of Qwen within the pipeline's own chat, without glyphs."""
-        if getattr(pipe, "tokenizer", None) is None or getattr(pipe, "text_encoder", None) is None:
-            raise ConceptMapsError(
-                f"this {type(pipe).__name__} has no tokenizer or text encoder to encode the concepts with; "
-                f"pass concept_embeds instead"
-            )
+        check_encoders(pipe, "tokenizer", "text_encoder")
         length = length or 256
         counts = [word_tokens(pipe.tokenizer, text, length) for text in texts]
         # Not `encode_prompt`, which pads every text to a thousand tokens. Dropout would draw from the random state.

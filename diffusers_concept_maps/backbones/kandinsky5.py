@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from diffusers_concept_maps.backbones._base import CrossBackbone, Grid, Site, unpatched
 from diffusers_concept_maps.errors import ConceptMapsError
 from diffusers_concept_maps.processors._base import ConceptProcessor
-from diffusers_concept_maps.tokens import token_spans, word_tokens
+from diffusers_concept_maps.tokens import check_encoders, token_spans, word_tokens
 
 _TEXT_LENGTH = 512
 """Text tokens that the pipelines take where they are told no other number."""
@@ -54,12 +54,7 @@ class Kandinsky5Backbone(CrossBackbone):
         The states are those that Qwen has behind the words of the pipeline's template. It runs without a mask, so
         that texts are encoded one by one, without padding.
         """
-        parts = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
-        if any(getattr(pipe, part, None) is None for part in parts):
-            raise ConceptMapsError(
-                f"this {type(pipe).__name__} has no tokenizers or text encoders to encode the concepts with; "
-                f"pass concept_embeds instead"
-            )
+        check_encoders(pipe, "tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
         if "image" in signature(pipe.encode_prompt).parameters:
             raise ConceptMapsError(
                 f"{type(pipe).__name__} encodes a text together with an image, which concepts do not have; pass "

@@ -19,7 +19,7 @@ from diffusers.models.transformers.transformer_ltx import LTXAttention, LTXVideo
 from diffusers_concept_maps.backbones._base import CrossBackbone, Grid, Site
 from diffusers_concept_maps.errors import ConceptMapsError
 from diffusers_concept_maps.processors._base import ConceptProcessor
-from diffusers_concept_maps.tokens import word_tokens
+from diffusers_concept_maps.tokens import check_encoders, word_tokens
 
 _TEXT_TOKENS = 128
 _FRAMES_PER_LATENT = 8
@@ -48,11 +48,7 @@ class LTXBackbone(CrossBackbone):
 
     def encode(self, pipe: Any, texts: list[str], length: int | None) -> tuple[torch.Tensor, list[int]]:
         """See `Backbone.encode`; states of T5, which attends to the padding as it does for the pipelines."""
-        if pipe.text_encoder is None or pipe.tokenizer is None:
-            raise ConceptMapsError(
-                f"this {type(pipe).__name__} has no tokenizer or text encoder to encode the concepts with; "
-                f"pass concept_embeds instead"
-            )
+        check_encoders(pipe, "tokenizer", "text_encoder")
         length = length or _TEXT_TOKENS
         counts = [word_tokens(pipe.tokenizer, text, length) for text in texts]
         with torch.no_grad(), torch.random.fork_rng(enabled=pipe.text_encoder.training):

@@ -25,7 +25,7 @@ from torch import nn
 from diffusers_concept_maps.backbones._base import CrossBackbone, Grid, Site
 from diffusers_concept_maps.errors import ConceptMapsError
 from diffusers_concept_maps.processors._base import ConceptProcessor
-from diffusers_concept_maps.tokens import token_spans, word_tokens, words_first
+from diffusers_concept_maps.tokens import check_encoders, token_spans, word_tokens, words_first
 
 _TEXT_TOKENS = 1024
 
@@ -54,11 +54,7 @@ class LTX2Backbone(CrossBackbone):
 
     def encode(self, pipe: Any, texts: list[str], length: int | None) -> tuple[torch.Tensor, list[int]]:
         """See `Backbone.encode`; what the connectors make of the states of the words."""
-        if pipe.text_encoder is None or pipe.tokenizer is None:
-            raise ConceptMapsError(
-                f"this {type(pipe).__name__} has no tokenizer or text encoder to encode the concepts with; "
-                f"pass concept_embeds instead"
-            )
+        check_encoders(pipe, "tokenizer", "text_encoder")
         length = length or _TEXT_TOKENS
         for text in texts:
             word_tokens(pipe.tokenizer, text, length)  # beside a start mark

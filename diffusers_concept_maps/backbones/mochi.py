@@ -18,9 +18,8 @@ from torch import nn
 from torch.nn import functional
 
 from diffusers_concept_maps.backbones._base import Grid, JointBackbone, Site
-from diffusers_concept_maps.errors import ConceptMapsError
 from diffusers_concept_maps.processors._base import ConceptProcessor
-from diffusers_concept_maps.tokens import word_tokens
+from diffusers_concept_maps.tokens import check_encoders, word_tokens
 
 _FRAMES_PER_LATENT = 6
 
@@ -47,11 +46,7 @@ class MochiBackbone(JointBackbone):
 
     def encode(self, pipe: Any, texts: list[str], length: int | None) -> tuple[torch.Tensor, list[int]]:
         """See `Backbone.encode`; T5 has a mask here, so that padding is of no matter."""
-        if getattr(pipe, "tokenizer", None) is None or getattr(pipe, "text_encoder", None) is None:
-            raise ConceptMapsError(
-                f"this {type(pipe).__name__} has no tokenizer or text encoder to encode the concepts with; "
-                f"pass concept_embeds instead"
-            )
+        check_encoders(pipe, "tokenizer", "text_encoder")
         length = length or int(pipe.transformer.config.max_sequence_length)
         counts = [word_tokens(pipe.tokenizer, text, length) for text in texts]
         # Dropout of a text encoder that is being trained would draw from the global random state.

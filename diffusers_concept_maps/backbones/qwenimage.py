@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from diffusers_concept_maps.backbones._base import Grid, JointBackbone, Site
 from diffusers_concept_maps.errors import ConceptMapsError
 from diffusers_concept_maps.processors._base import ConceptProcessor
-from diffusers_concept_maps.tokens import token_spans, word_tokens
+from diffusers_concept_maps.tokens import check_encoders, token_spans, word_tokens
 
 _IMAGE_MARK = "<|vision_start|><|image_pad|><|vision_end|>"
 
@@ -51,11 +51,7 @@ class QwenImageBackbone(JointBackbone):
 
     def encode(self, pipe: Any, texts: list[str], length: int | None) -> tuple[torch.Tensor, list[int]]:
         """See `Backbone.encode`; concepts are written into the pipeline's template, without images."""
-        if getattr(pipe, "tokenizer", None) is None or getattr(pipe, "text_encoder", None) is None:
-            raise ConceptMapsError(
-                f"this {type(pipe).__name__} has no tokenizer or text encoder to encode the concepts with; "
-                f"pass concept_embeds instead"
-            )
+        check_encoders(pipe, "tokenizer", "text_encoder")
         limit = int(pipe.tokenizer_max_length) if length is None else None
         counts = [word_tokens(pipe.tokenizer, text, limit) for text in texts]
         counts = counts if length is None else [min(count, length) for count in counts]

@@ -19,9 +19,8 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_sana_video import SanaAttnProcessor2_0
 
 from diffusers_concept_maps.backbones._base import CrossBackbone, Grid, Site
-from diffusers_concept_maps.errors import ConceptMapsError
 from diffusers_concept_maps.processors._base import ConceptProcessor
-from diffusers_concept_maps.tokens import token_spans, word_tokens, words_first
+from diffusers_concept_maps.tokens import check_encoders, token_spans, word_tokens, words_first
 
 _TEXT_TOKENS = 300
 _LTX2_CHANNELS = 128
@@ -46,11 +45,7 @@ class SanaVideoBackbone(CrossBackbone):
 
     def encode(self, pipe: Any, texts: list[str], length: int | None) -> tuple[torch.Tensor, list[int]]:
         """See `Backbone.encode`."""
-        if pipe.text_encoder is None or pipe.tokenizer is None:
-            raise ConceptMapsError(
-                f"this {type(pipe).__name__} has no tokenizer or text encoder to encode the concepts with; "
-                f"pass concept_embeds instead"
-            )
+        check_encoders(pipe, "tokenizer", "text_encoder")
         length = length or _TEXT_TOKENS
         for text in texts:
             word_tokens(pipe.tokenizer, text.lower(), length - 1)  # beside an end mark, a start mark

@@ -29,9 +29,8 @@ from torch import nn
 from torch.nn import functional
 
 from diffusers_concept_maps.backbones._base import Grid, JointBackbone, Site
-from diffusers_concept_maps.errors import ConceptMapsError
 from diffusers_concept_maps.processors._base import ConceptProcessor
-from diffusers_concept_maps.tokens import token_spans, word_tokens
+from diffusers_concept_maps.tokens import check_encoders, token_spans, word_tokens
 
 _CLIP_TOKENS = 77
 
@@ -60,11 +59,7 @@ class SD3Backbone(JointBackbone):
         """See `Backbone.encode`; states of T5 where the pipeline has it, else of the two CLIP encoders."""
         needed = ["tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"]
         needed += [] if getattr(pipe, "text_encoder_3", None) is None else ["tokenizer_3"]
-        if any(getattr(pipe, name, None) is None for name in needed):
-            raise ConceptMapsError(
-                f"this {type(pipe).__name__} has no tokenizer or text encoder to encode the concepts with; "
-                f"pass concept_embeds instead"
-            )
+        check_encoders(pipe, *needed)
         cut, length = length is not None, length or 256
         encoders = (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3)
         training = any(encoder is not None and encoder.training for encoder in encoders)

@@ -18,10 +18,9 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
 from diffusers_concept_maps.backbones._base import CrossBackbone, Grid, Preset, Site
-from diffusers_concept_maps.errors import ConceptMapsError
 from diffusers_concept_maps.heads import HeadSelection
 from diffusers_concept_maps.processors._base import ConceptProcessor
-from diffusers_concept_maps.tokens import word_tokens
+from diffusers_concept_maps.tokens import check_encoders, word_tokens
 
 _TEXT_LENGTH = 512
 """Text tokens that the models were trained with; whatever more their attention is given are tokens of an image."""
@@ -70,11 +69,7 @@ class WanBackbone(CrossBackbone):
 
     def encode(self, pipe: Any, texts: list[str], length: int | None) -> tuple[torch.Tensor, list[int]]:
         """See `Backbone.encode`; UMT5 runs with a mask, so that a concept needs no more tokens than it has."""
-        if getattr(pipe, "tokenizer", None) is None or getattr(pipe, "text_encoder", None) is None:
-            raise ConceptMapsError(
-                f"this {type(pipe).__name__} has no tokenizer or text encoder to encode the concepts with; "
-                f"pass concept_embeds instead"
-            )
+        check_encoders(pipe, "tokenizer", "text_encoder")
         limit = _TEXT_LENGTH if length is None else None
         counts = [word_tokens(pipe.tokenizer, self.clean(text), limit) for text in texts]
         length = length or max(counts) + 1
