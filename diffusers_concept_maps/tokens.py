@@ -42,6 +42,18 @@ def token_spans(tokenizer: Any, prompt: str, length: int, **options: Any) -> lis
     return list(encoded.offset_mapping)
 
 
+def spans_inside(spans: Sequence[tuple[int, int]], start: int, prompt: str) -> list[tuple[int, int]]:
+    """What each token of a template covers of the prompt in it; a token that covers none of it has `(0, 0)`.
+
+    Args:
+        spans: the characters `(start, stop)` of the filled template that each token covers.
+        start: where the prompt begins in that.
+        prompt: the text.
+    """
+    inside = [(max(begin - start, 0), min(stop - start, len(prompt))) for begin, stop in spans]
+    return [(begin, stop) if begin < stop else (0, 0) for begin, stop in inside]
+
+
 def find_tokens(spans: Sequence[tuple[int, int]], prompt: str, word: str) -> list[list[int]]:
     """Positions of a word or phrase in the tokenized prompt, one list of sub-words per occurrence.
 

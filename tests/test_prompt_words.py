@@ -16,7 +16,7 @@ from transformers import ByT5Tokenizer
 import diffusers_concept_maps as dcm
 from diffusers_concept_maps.backbones.cogvideox import BACKBONE
 from diffusers_concept_maps.prompt import PromptTokens
-from diffusers_concept_maps.tokens import find_tokens, token_spans, words_of
+from diffusers_concept_maps.tokens import find_tokens, spans_inside, token_spans, words_of
 
 
 def tokens_of(prompt: str, word: str, length: int = 64) -> list[list[int]]:
@@ -210,3 +210,8 @@ def test_encode_prompt_keeps_its_signature() -> None:
             pipe.encode_prompt("dog", max_sequence_length=12)[0],
             type(pipe).encode_prompt(pipe, "dog", max_sequence_length=12)[0],
         )
+
+
+def test_tokens_of_a_template_that_reach_into_the_prompt() -> None:
+    spans = [(0, 3), (3, 6), (6, 8), (8, 12), (0, 0)]
+    assert spans_inside(spans, 4, "abcde") == [(0, 0), (0, 2), (2, 4), (4, 5), (0, 0)]

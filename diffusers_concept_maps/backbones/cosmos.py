@@ -20,7 +20,7 @@ from diffusers.models.transformers.transformer_cosmos import CosmosAttnProcessor
 from diffusers_concept_maps.backbones._base import CrossBackbone, Grid, Site
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
 from diffusers_concept_maps.processors._base import ConceptProcessor
-from diffusers_concept_maps.tokens import check_encoders, token_spans, word_tokens, words_first
+from diffusers_concept_maps.tokens import check_encoders, spans_inside, token_spans, word_tokens, words_first
 
 _TEXT_TOKENS = 512
 _SYSTEM_PROMPT = "You are a helpful assistant who will provide prompts to an image generator."
@@ -73,8 +73,7 @@ class CosmosBackbone(CrossBackbone):
             padding="max_length",
             return_offsets_mapping=True,
         )
-        inside = [(max(start - place, 0), min(stop - place, len(prompt))) for start, stop in encoded.offset_mapping]
-        return [(start, stop) if start < stop else (0, 0) for start, stop in inside]
+        return spans_inside(encoded.offset_mapping, place, prompt)
 
     def grid(self, transformer: Any, call: Mapping[str, Any]) -> Grid:
         """See `Backbone.grid`; latents are `[batch, channel, frame, height, width]`.

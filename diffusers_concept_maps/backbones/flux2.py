@@ -38,7 +38,7 @@ from diffusers_concept_maps.backbones.flux import (
 )
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
 from diffusers_concept_maps.parity import Parity
-from diffusers_concept_maps.tokens import check_encoders, token_spans, word_tokens
+from diffusers_concept_maps.tokens import check_encoders, spans_inside, token_spans, word_tokens
 
 _NOBODYS = "\ue000"  # a character that is left to private use
 
@@ -92,8 +92,7 @@ class Flux2Backbone(FluxBackbone):
             )
         marks = _adds_marks(pipe, chat)
         spans = token_spans(tokenizer, chat, length, padding="max_length", add_special_tokens=marks)
-        inside = [(max(start - begin, 0), min(stop - begin, len(prompt))) for start, stop in spans]
-        return [(start, stop) if start < stop else (0, 0) for start, stop in inside]
+        return spans_inside(spans, begin, prompt)
 
     def grid(self, transformer: Any, call: Mapping[str, Any]) -> Grid:
         """See `Backbone.grid`; kept references are in front of the image, others behind it."""

@@ -24,7 +24,7 @@ from torch import nn
 from diffusers_concept_maps.backbones._base import Grid, JointBackbone, Preset, Site, unpatched
 from diffusers_concept_maps.heads import HeadSelection
 from diffusers_concept_maps.processors._base import ConceptProcessor
-from diffusers_concept_maps.tokens import check_encoders, token_spans, word_tokens
+from diffusers_concept_maps.tokens import check_encoders, spans_inside, token_spans, word_tokens
 
 _FRAMES_PER_LATENT = 4
 _ASSISTANT_MARKS = 4
@@ -314,8 +314,7 @@ def prompt_spans(pipe: Any, prompt: str, length: int) -> list[tuple[int, int]]:
     template = _template(pipe)
     start, crop = template["template"].index("{}"), int(template["crop_start"])
     spans = token_spans(pipe.tokenizer, template["template"].format(prompt), length + crop)[crop:]
-    inside = [start <= begin < end <= start + len(prompt) for begin, end in spans]
-    return [(begin - start, end - start) if own else (0, 0) for (begin, end), own in zip(spans, inside, strict=True)]
+    return spans_inside(spans, start, prompt)
 
 
 BACKBONE = HunyuanVideoBackbone()

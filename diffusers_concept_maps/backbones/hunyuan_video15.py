@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from diffusers_concept_maps.backbones._base import Preset, Site
 from diffusers_concept_maps.backbones.hunyuan_video import HunyuanVideoBackbone, HunyuanVideoConceptProcessor
-from diffusers_concept_maps.tokens import check_encoders, token_spans, word_tokens
+from diffusers_concept_maps.tokens import check_encoders, spans_inside, token_spans, word_tokens
 
 
 class HunyuanVideo15Backbone(HunyuanVideoBackbone):
@@ -62,9 +62,7 @@ class HunyuanVideo15Backbone(HunyuanVideoBackbone):
             before += (int(vision.image_size) // int(vision.patch_size)) ** 2
         start, crop = _chat(pipe, "\0").index("\0"), int(pipe.prompt_template_encode_start_idx)
         spans = token_spans(pipe.tokenizer, _chat(pipe, prompt), crop + pipe.tokenizer_max_length)[crop:]
-        stop = start + len(prompt)
-        inside = [(a - start, b - start) if start <= a < b <= stop else (0, 0) for a, b in spans]
-        return [(0, 0)] * before + inside
+        return [(0, 0)] * before + spans_inside(spans, start, prompt)
 
     def refine(
         self, transformer: Any, states: torch.Tensor, timestep: torch.Tensor, mask: torch.Tensor | None

@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from diffusers_concept_maps.backbones._base import CrossBackbone, Grid, Site, unpatched
 from diffusers_concept_maps.errors import ConceptMapsError
 from diffusers_concept_maps.processors._base import ConceptProcessor
-from diffusers_concept_maps.tokens import check_encoders, token_spans, word_tokens
+from diffusers_concept_maps.tokens import check_encoders, spans_inside, token_spans, word_tokens
 
 _TEXT_LENGTH = 512
 """Text tokens that the pipelines take where they are told no other number."""
@@ -77,8 +77,7 @@ class Kandinsky5Backbone(CrossBackbone):
         """See `Backbone.token_spans`; the prompt stands in a template, whose first tokens are cut off."""
         cut, before = int(pipe.prompt_template_encode_start_idx), pipe.prompt_template.index("{}")
         spans = token_spans(_tokenizer(pipe), pipe.prompt_template.format(prompt), cut + length)[cut:]
-        inside = [(max(start - before, 0), min(stop - before, len(prompt))) for start, stop in spans]
-        return [(start, stop) if start < stop else (0, 0) for start, stop in inside]
+        return spans_inside(spans, before, prompt)
 
     def image(self, call: Mapping[str, Any]) -> torch.Tensor:
         """See `Backbone.image`; a block has another name for it."""

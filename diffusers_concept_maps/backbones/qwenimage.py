@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from diffusers_concept_maps.backbones._base import Grid, JointBackbone, Site
 from diffusers_concept_maps.errors import ConceptMapsError
 from diffusers_concept_maps.processors._base import ConceptProcessor
-from diffusers_concept_maps.tokens import check_encoders, token_spans, word_tokens
+from diffusers_concept_maps.tokens import check_encoders, spans_inside, token_spans, word_tokens
 
 _IMAGE_MARK = "<|vision_start|><|image_pad|><|vision_end|>"
 
@@ -75,10 +75,8 @@ class QwenImageBackbone(JointBackbone):
                 f"pass prompt_tokens={{word: positions}}"
             )
         template, start = pipe.prompt_template_encode, pipe.prompt_template_encode_start_idx
-        first = template.index("{}")
         spans = token_spans(pipe.tokenizer, template.format(prompt), start + length)[start:]
-        shifted = [(begin - first, stop - first) for begin, stop in spans]
-        return [(begin, stop) if 0 <= begin < len(prompt) else (0, 0) for begin, stop in shifted]
+        return spans_inside(spans, template.index("{}"), prompt)
 
     def grid(self, transformer: Any, call: Mapping[str, Any]) -> Grid:
         """See `Backbone.grid`; the image that is made comes first, given ones follow it.
