@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from diffusers_concept_maps.backbones import Backbone, JoiningBackbone
+from diffusers_concept_maps.backbones import Backbone, JoiningBackbone, uncompiled
 from diffusers_concept_maps.compiled import is_compiled
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
 from diffusers_concept_maps.one_directional import Layout, one_directional_attention
@@ -114,8 +114,8 @@ def check_one_pass(backbone: Backbone, transformer: Any) -> None:
     """
     if not isinstance(backbone, JoiningBackbone):
         raise ConceptMapsValueError(
-            f"attention is 'one_pass', but the blocks of {type(transformer).__name__} have no text stream that "
-            f"concepts could join; use attention='exact'"
+            f"attention is 'one_pass', but the blocks of {type(uncompiled(transformer)).__name__} have no text "
+            f"stream that concepts could join; use attention='exact'"
         )
     obstacle = _obstacle(transformer)
     if obstacle is not None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from backbones._oracle import embeds_of
 from torch import nn
 
@@ -147,6 +148,8 @@ def test_what_diffusers_lacks_is_left_out_and_named(source: str, reason: str, ow
     assert "CogVideoXTransformer3DModel" not in backbones.supported()
     with pytest.raises(dcm.ConceptMapsError, match=f"Stranger .* diffusers [^ ]+ lacks .*: newest: {reason}"):
         backbones.find_backbone(Stranger())
+    with pytest.raises(dcm.ConceptMapsError, match="^Stranger cannot be traced"):
+        backbones.find_backbone(torch.compile(Stranger()))
 
 
 def test_a_class_that_diffusers_lacks_is_left_out(own: Callable[[str], None]) -> None:

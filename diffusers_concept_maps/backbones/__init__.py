@@ -122,7 +122,7 @@ def find_backbone(transformer: Any) -> Backbone:
             return backbone
     unavailable = "; ".join(f"{name}: {reason}" for name, reason in _UNAVAILABLE.items())
     raise ConceptMapsError(
-        f"{type(transformer).__name__} cannot be traced; supported are {', '.join(supported())}. "
+        f"{type(uncompiled(transformer)).__name__} cannot be traced; supported are {', '.join(supported())}. "
         f"docs/contributing.md says how to add a backbone."
         + (f" diffusers {diffusers.__version__} lacks what these need: {unavailable}" if unavailable else "")
     )
