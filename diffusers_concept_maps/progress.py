@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from diffusers.utils import logging
 
 from diffusers_concept_maps.backbones import Backbone
 from diffusers_concept_maps.errors import ConceptMapsError
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ class RunTracker:
         self._step = -1
         self._passes = 0
         self._rows = 0
+        self._warned = False
 
     def locate(self, batch: int, timestep: object) -> Place | None:
         """The place of the forward pass that is about to run, None if it does not belong to the traced pipeline.
@@ -103,7 +107,7 @@ class RunTracker:
         if own is None or not isinstance(timestep, torch.Tensor):
             return None
         mark = self._mark_of(own, timestep)
-        if mark is None:
+        if mark is None or self._has_other_rows():
             return None
         if mark == self._mark:
             return self._further_pass()
@@ -120,6 +124,21 @@ class RunTracker:
 
     def _place(self, starts_run: bool, branch: str | None) -> Place:
         return Place(self._step, int(self._pipe.num_timesteps), starts_run, self._rows, branch)
+
+    def _has_other_rows(self) -> bool:
+        """Whether rows of a batch are of a third kind, neither conditional nor unconditional; says so, once.
+
+        It is no error, because the host's pipelines (SD3) leave processors of theirs behind where one is raised.
+        """
+        if not getattr(self._pipe, "do_perturbed_attention_guidance", False):
+            return False
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                f"{type(self._pipe).__name__} adds rows for perturbed attention to its batches, of which the guidance "
+                f"branches cannot be told: nothing is recorded of this run. Call it with pag_scale=0."
+            )
+        return True
 
     def _is_guided(self) -> bool:
         """Whether there are two branches; scales of other kinds than `guidance_scale` may have a say in it (LTX-2)."""

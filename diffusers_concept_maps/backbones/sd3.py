@@ -3,7 +3,8 @@
 Joint attention over image and text, image first, with projections of its own for text and without positions for it.
 The text of the last block ends there, so that concepts are read from all blocks and carried through all but one. Their
 modulation is that of the prompt, its pooled embedding included. Of skip-layer guidance, whose third pass leaves layers
-out, the maps are those of the two full passes.
+out, the maps are those of the two full passes; of runs with perturbed attention, whose rows share the batch, there are
+none.
 
 The published code of ConceptAttention (arXiv 2502.04320) for SD3 is not what `parity="concept_attention"` reproduces,
 which is its code for CogVideoX: for SD3 it encodes all concepts as one text by the CLIP encoders alone, takes image

@@ -13,6 +13,7 @@ import pytest
 import torch
 from backbones import tiny_sd3 as tiny
 from backbones._case import seeded
+from backbones._oracle import kept_state
 from backbones._runs import METHODS, check_run, check_training
 from diffusers import (
     SD3ControlNetModel,
@@ -20,6 +21,7 @@ from diffusers import (
     StableDiffusion3ControlNetPipeline,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3InpaintPipeline,
+    StableDiffusion3PAGPipeline,
     StableDiffusion3Pipeline,
 )
 from PIL import Image
@@ -141,6 +143,31 @@ def test_words_are_not_looked_for_where_encoders_have_other_prompts(name: str, p
 def test_text_to_image(branch: str, row: int, pipe: StableDiffusion3Pipeline) -> None:
     places = [(step, slice(row, row + 1)) for step in range(3)]
     check_run(pipe, lambda: tiny.call(pipe, ["a red dog"]), EMBEDS, (1, 5, 3), places, passes=3, branch=branch)
+
+
+def test_nothing_is_recorded_of_perturbed_attention(
+    pipe: StableDiffusion3Pipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its rows would be taken for those of a branch."""
+    parts = {
+        name: part for name, part in pipe.components.items() if name not in ("image_encoder", "feature_extractor")
+    }
+    perturbed = StableDiffusion3PAGPipeline(**parts, pag_applied_layers=["blocks.1"])
+    perturbed.set_progress_bar_config(disable=True)
+    before, off = kept_state(pipe.transformer), tiny.call(perturbed, ["a red dog"])
+    with dcm.trace(perturbed, concept_embeds=EMBEDS) as maps:
+        assert torch.equal(tiny.call(perturbed, ["a red dog"]), off)
+        with pytest.raises(dcm.ConceptMapsError, match="nothing has been recorded"):
+            maps.get()
+        off = tiny.call(perturbed, ["a red dog"], pag_scale=0.0)
+    assert kept_state(pipe.transformer) == before
+    assert [record.message for record in caplog.records if "perturbed" in record.message] == [
+        "StableDiffusion3PAGPipeline adds rows for perturbed attention to its batches, of which the guidance branches "
+        "cannot be told: nothing is recorded of this run. Call it with pag_scale=0."
+    ]
+    with dcm.trace(pipe, concept_embeds=EMBEDS) as expected:
+        assert torch.equal(tiny.call(pipe, ["a red dog"]), off)
+    assert torch.equal(maps.get(), expected.get())
 
 
 def test_without_guidance(pipe: StableDiffusion3Pipeline) -> None:
