@@ -84,6 +84,11 @@ def find_tokens(spans: Sequence[tuple[int, int]], prompt: str, word: str) -> lis
     ]
 
 
+def tokenizer_of(pipe: Any) -> Any:
+    """The tokenizer of a pipeline, also of one that has it in a processor for images too."""
+    return getattr(pipe.tokenizer, "tokenizer", pipe.tokenizer)
+
+
 def check_encoders(pipe: Any, *names: str) -> None:
     """Refuse a pipeline that lacks what encodes concepts.
 

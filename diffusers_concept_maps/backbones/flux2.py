@@ -38,7 +38,7 @@ from diffusers_concept_maps.backbones.flux import (
 )
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
 from diffusers_concept_maps.parity import Parity
-from diffusers_concept_maps.tokens import check_encoders, spans_inside, token_spans, word_tokens
+from diffusers_concept_maps.tokens import check_encoders, spans_inside, token_spans, tokenizer_of, word_tokens
 
 _NOBODYS = "\ue000"  # a character that is left to private use
 
@@ -68,7 +68,7 @@ class Flux2Backbone(FluxBackbone):
         length = length or 512
         rows = []
         for text in texts:
-            word_tokens(_tokenizer(pipe), text, None)
+            word_tokens(tokenizer_of(pipe), text, None)
             spans = self.token_spans(pipe, text, length)
             if max(stop for _, stop in spans) < len(text):
                 raise ConceptMapsValueError(
@@ -82,7 +82,7 @@ class Flux2Backbone(FluxBackbone):
 
     def token_spans(self, pipe: Any, prompt: str, length: int) -> list[tuple[int, int]]:
         """See `Backbone.token_spans`; the chat around the prompt covers none of it."""
-        chat, tokenizer = _chat(pipe, prompt), _tokenizer(pipe)
+        chat, tokenizer = _chat(pipe, prompt), tokenizer_of(pipe)
         # The chat may have the words of the prompt itself: they are looked for where another prompt begins.
         begin = _chat(pipe, _NOBODYS).find(_NOBODYS)
         if begin < 0 or not chat.startswith(prompt, begin):
@@ -131,11 +131,6 @@ class Flux2Backbone(FluxBackbone):
         }
 
 
-def _tokenizer(pipe: Any) -> Any:
-    """The tokenizer itself, where the pipeline has a processor."""
-    return getattr(pipe.tokenizer, "tokenizer", pipe.tokenizer)
-
-
 def _chat(pipe: Any, prompt: str) -> str:
     """The chat whose states are the text of a prompt."""
     if hasattr(pipe, "system_message"):  # dev's
@@ -152,7 +147,7 @@ def _adds_marks(pipe: Any, chat: str) -> bool:
     """Whether the tokenizer is to add marks to a chat."""
     if not hasattr(pipe, "system_message"):
         return True  # the pipeline hands the chat to its tokenizer as any text
-    tokenizer = _tokenizer(pipe)
+    tokenizer = tokenizer_of(pipe)
     return tokenizer is not pipe.tokenizer and not (tokenizer.bos_token and chat.startswith(tokenizer.bos_token))
 
 

@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from diffusers_concept_maps.backbones._base import CrossBackbone, Grid, Site, unpatched
 from diffusers_concept_maps.errors import ConceptMapsError
 from diffusers_concept_maps.processors._base import ConceptProcessor
-from diffusers_concept_maps.tokens import check_encoders, spans_inside, token_spans, word_tokens
+from diffusers_concept_maps.tokens import check_encoders, spans_inside, token_spans, tokenizer_of, word_tokens
 
 _TEXT_LENGTH = 512
 """Text tokens that the pipelines take where they are told no other number."""
@@ -62,7 +62,7 @@ class Kandinsky5Backbone(CrossBackbone):
             )
         limit = _TEXT_LENGTH if length is None else None
         length = length or _TEXT_LENGTH
-        counts = [word_tokens(_tokenizer(pipe), self.clean(text), limit) for text in texts]
+        counts = [word_tokens(tokenizer_of(pipe), self.clean(text), limit) for text in texts]
         training = pipe.text_encoder.training or pipe.text_encoder_2.training
         with torch.no_grad(), torch.random.fork_rng(enabled=training):
             states = [pipe.encode_prompt([text], max_sequence_length=length)[0][0] for text in texts]
@@ -76,7 +76,7 @@ class Kandinsky5Backbone(CrossBackbone):
     def token_spans(self, pipe: Any, prompt: str, length: int) -> list[tuple[int, int]]:
         """See `Backbone.token_spans`; the prompt stands in a template, whose first tokens are cut off."""
         cut, before = int(pipe.prompt_template_encode_start_idx), pipe.prompt_template.index("{}")
-        spans = token_spans(_tokenizer(pipe), pipe.prompt_template.format(prompt), cut + length)[cut:]
+        spans = token_spans(tokenizer_of(pipe), pipe.prompt_template.format(prompt), cut + length)[cut:]
         return spans_inside(spans, before, prompt)
 
     def image(self, call: Mapping[str, Any]) -> torch.Tensor:
@@ -162,11 +162,6 @@ class ConceptKandinsky5AttnProcessor(ConceptProcessor, Kandinsky5AttnProcessor):
     def project_key(self, attn: Any, text: torch.Tensor) -> torch.Tensor:
         """See `ConceptProcessor.project_key`."""
         return _norm(attn.key_norm, _split_heads(attn, attn.to_key(text))).transpose(1, 2)
-
-
-def _tokenizer(pipe: Any) -> Any:
-    """Qwen's tokenizer, which the pipelines have in a processor for images too."""
-    return getattr(pipe.tokenizer, "tokenizer", pipe.tokenizer)
 
 
 def _split_heads(attn: Any, states: torch.Tensor) -> torch.Tensor:
