@@ -20,6 +20,7 @@ from diffusers_concept_maps.errors import ConceptMapsError
 from diffusers_concept_maps.heads import HeadSelection
 from diffusers_concept_maps.maps import ConceptMaps
 from diffusers_concept_maps.one_pass import check_one_pass
+from diffusers_concept_maps.parallel import check_parallel
 from diffusers_concept_maps.parity import Parity
 from diffusers_concept_maps.plan import CapturePlan, Request, make_plan
 from diffusers_concept_maps.processors import ConceptAttnProcessor, ConceptProcessor, carry_over, concept_processor
@@ -174,6 +175,7 @@ def attach(pipe_or_transformer: Any, concepts: Sequence[str] | None = None, **op
     sites = {transformer: find_backbone(transformer).sites(transformer) for transformer in transformers}
     for transformer, own in sites.items():
         _check_free(transformer, own)
+        check_parallel(backbone, transformer)
     _check_alike(backbone, sites)
     plan = make_plan(pipe, transformers[0], backbone, concepts, request)
     if plan.attention == "one_pass":

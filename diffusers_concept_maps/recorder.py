@@ -14,7 +14,7 @@ from diffusers_concept_maps.backbones import Backbone, CrossBackbone, Grid, Join
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
 from diffusers_concept_maps.methods import LayerTaps
 from diffusers_concept_maps.one_pass import JoinedConcepts, check_call
-from diffusers_concept_maps.parallel import gather_tokens
+from diffusers_concept_maps.parallel import check_parallel, gather_tokens
 from diffusers_concept_maps.plan import CapturePlan
 from diffusers_concept_maps.progress import Place, RunTracker
 from diffusers_concept_maps.prompt import TextRows
@@ -112,13 +112,14 @@ class Recorder:
         """A forward pass of a transformer starts; `call` are its arguments by name.
 
         Raises:
-            ConceptMapsError: a step out of range, or something has come in the way of `attention="one_pass"`.
+            ConceptMapsError: a step out of range, or something has come in the way since the attach.
         """
         self._pass = self._announced = None  # a pass that was cut short leaves nothing behind
         place = self._tracker.locate(self._backbone.batch(call), call["timestep"])
         if place is None:
             return
         self._check_processors(transformer)
+        check_parallel(self._backbone, transformer)
         if self._plan.attention == "one_pass":
             check_call(self._backbone, transformer)
         if place.starts_run:

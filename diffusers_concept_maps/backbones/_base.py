@@ -133,6 +133,7 @@ class Backbone(ABC):
         batched_guidance: the family's pipelines run both guidance branches as one batch, the unconditional half first;
             False if each has a forward pass of its own, the conditional one first.
         parities: switches of `parity=` that are others for this family, by name.
+        context_parallel: layers can be recorded under the host's context parallelism.
         prompt_arguments: of `encode_prompt`, what it may be given as the text whose tokens are the text stream; the
             first that is given is it.
     """
@@ -141,6 +142,7 @@ class Backbone(ABC):
     presets: ClassVar[tuple[Preset, ...]] = ()
     batched_guidance: ClassVar[bool] = True
     parities: ClassVar[Mapping[str, Parity]] = {}
+    context_parallel: ClassVar[bool] = False
     prompt_arguments: ClassVar[tuple[str, ...]] = ("prompt",)
 
     @abstractmethod
@@ -202,14 +204,11 @@ class Backbone(ABC):
         return token_spans(pipe.tokenizer, prompt, length)
 
     def misleading(self, pipe: Any, arguments: Mapping[str, Any]) -> str | None:
-        """The argument of `encode_prompt` that makes other tokens than those that `token_spans` tells of.
+        """Name of the argument of `encode_prompt` that makes other tokens than `token_spans` tells of; None for none.
 
         Args:
             pipe: whose it is.
             arguments: what it was given, by name.
-
-        Returns:
-            Its name; None where the tokens are those.
         """
         return None
 

@@ -25,6 +25,7 @@ class ChromaBackbone(FluxBackbone):
     presets: ClassVar[tuple[Preset, ...]] = ()
     parities: ClassVar[Mapping[str, Parity]] = {}
     prompt_arguments: ClassVar[tuple[str, ...]] = ("prompt",)
+    context_parallel: ClassVar[bool] = False
 
     def encode(self, pipe: Any, texts: list[str], length: int | None) -> tuple[torch.Tensor, list[int]]:
         """See `Backbone.encode`; T5 is given a mask in these pipelines, so that padding shapes no state."""

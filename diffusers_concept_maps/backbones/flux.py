@@ -35,6 +35,7 @@ class FluxBackbone(JointBackbone):
 
     transformer_classes: ClassVar[tuple[str, ...]] = ("FluxTransformer2DModel",)
     batched_guidance: ClassVar[bool] = False
+    context_parallel: ClassVar[bool] = True
     parities: ClassVar[Mapping[str, Parity]] = {CONCEPT_ATTENTION.name: FLUX_CONCEPT_ATTENTION}
     prompt_arguments: ClassVar[tuple[str, ...]] = ("prompt_2", "prompt")
     presets: ClassVar[tuple[Preset, ...]] = (

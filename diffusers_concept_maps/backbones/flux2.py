@@ -49,6 +49,7 @@ class Flux2Backbone(FluxBackbone):
     transformer_classes: ClassVar[tuple[str, ...]] = ("Flux2Transformer2DModel",)
     parities: ClassVar[Mapping[str, Parity]] = {}
     prompt_arguments: ClassVar[tuple[str, ...]] = ("prompt",)
+    context_parallel: ClassVar[bool] = False
     presets: ClassVar[tuple[Preset, ...]] = (
         Preset(
             name="FLUX.2-dev",

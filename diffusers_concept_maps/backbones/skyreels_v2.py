@@ -21,6 +21,7 @@ class SkyReelsV2Backbone(WanBackbone):
 
     transformer_classes: ClassVar[tuple[str, ...]] = ("SkyReelsV2Transformer3DModel",)
     presets: ClassVar[tuple[Preset, ...]] = ()
+    context_parallel: ClassVar[bool] = False
 
 
 class ConceptSkyReelsV2AttnProcessor(CrossAttnProcessor, SkyReelsV2AttnProcessor):

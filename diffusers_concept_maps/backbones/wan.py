@@ -54,6 +54,7 @@ class WanBackbone(CrossBackbone):
         ),
     )
     batched_guidance: ClassVar[bool] = False
+    context_parallel: ClassVar[bool] = True
 
     def sites(self, transformer: Any) -> list[Site]:
         """See `Backbone.sites`."""

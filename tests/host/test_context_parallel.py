@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from backbones import tiny_ltx
 from backbones._oracle import embeds_of
 from host import _parallel_worker as worker
 from host._families import Case
@@ -68,3 +70,19 @@ def test_every_process_has_the_maps_of_one(case: Case, blank: Blank | None, how:
 @pytest.mark.parametrize(("case", "blank"), OTHERS)
 def test_the_others_have_no_plan(case: Case, blank: Blank, results: Results) -> None:
     assert blank.match in results[0][1][case.name]
+
+
+def test_other_families_are_refused() -> None:
+    """Whose text each process may have in part, or at positions of its own."""
+    case = tiny_ltx.CASES[0]
+    transformer, inputs = case.make(), case.inputs(1, 5, 1)
+    parallel = SimpleNamespace(context_parallel_config=SimpleNamespace())
+    message = (
+        "^this LTXVideoTransformer3DModel is context parallel.*one of FluxTransformer2DModel, WanT.*in one process$"
+    )
+    with dcm.trace(transformer, concept_embeds=embeds_of(case), methods=case.methods), torch.no_grad():
+        transformer._parallel_config = parallel
+        with pytest.raises(dcm.ConceptMapsError, match=message):
+            transformer(**inputs)
+    with pytest.raises(dcm.ConceptMapsError, match=message):
+        dcm.capture.attach(transformer, concept_embeds=embeds_of(case), methods=case.methods)
