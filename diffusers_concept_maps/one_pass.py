@@ -139,9 +139,6 @@ def _obstacle(transformer: Any) -> str | None:
     """What keeps the concepts out of the blocks' own calls."""
     if transformer.training:
         return "training mode, in which dropout would draw for them too"
-    parallel = getattr(transformer, "_parallel_config", None)
-    if parallel is not None and parallel.context_parallel_config is not None:
-        return "context parallelism, which shards the sequence"
     if any(is_compiled(module) for module in transformer.modules()):
         return "torch.compile, whose graphs hold the stock calls"
     for module in transformer.modules():
