@@ -362,7 +362,8 @@ class Recorder:
             self._warned = True
             logger.warning(
                 f"The attention processors of layers {list(replaced)} were replaced during the capture by "
-                f"{', '.join(sorted(set(replaced.values())))}, which shows it nothing: it records nothing of them. "
+                f"{', '.join(sorted(set(replaced.values())))}, which shows it nothing: it records nothing of them, "
+                f"and concept tokens go past their blocks, which changes the maps of deeper layers. "
                 f"Fuse projections, set processors or enable xformers before the `with` block."
             )
 
