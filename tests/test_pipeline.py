@@ -239,9 +239,7 @@ def test_only_supported_pipelines_are_mixed(stock: CogVideoXPipeline) -> None:
     with pytest.raises(dcm.ConceptMapsValueError, match="object has no transformer to trace"):
         dcm.with_concept_maps(object())
     stock.transformer = nn.Linear(1, 1)
-    with pytest.raises(
-        dcm.ConceptMapsError, match="Linear cannot be traced; supported are .*, CogVideoXTrans"
-    ):
+    with pytest.raises(dcm.ConceptMapsError, match="Linear cannot be traced; supported are .*, CogVideoXTrans"):
         dcm.with_concept_maps(stock)
 
 

@@ -173,11 +173,12 @@ those of eager by what its own rounding makes of the model. `attention="one_pass
 models with cross-attention, a processor has to say how it projects keys (`project_key`).
 
 **Caches.** A step or layer that a cache leaves out has no map: `maps.coverage` says what a map is made of, and the
-mean is over that alone. Pyramid Attention Broadcast and FasterCache count every forward pass, also where guidance
-has two.
+mean is over that alone. Concepts go past a layer that is left out, so that maps of deeper layers are those of
+concepts that have skipped it. Pyramid Attention Broadcast and FasterCache count every forward pass, also where
+guidance has two.
 
-**Context parallelism.** Enter the capture in every process; the tokens of a layer are gathered before it is
-scored.
+**Context parallelism.** Enter the capture in every process, or the others wait for it; the tokens of a layer are
+gathered before it is scored. It is refused for other families, whose layers the host splits otherwise.
 
 **IP-Adapter, fused projections.** What replaces processors while a capture is attached is noticed at the next
 call. Fuse projections and load an IP-Adapter before the `with` block.
