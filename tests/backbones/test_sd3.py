@@ -245,24 +245,31 @@ def test_with_a_control_net() -> None:
 GOLDEN = os.environ.get("DCM_GOLDEN")
 
 
-@pytest.mark.skipif(GOLDEN is None, reason="DCM_GOLDEN does not name a folder of golden tensors")
-def test_outputs_of_the_official_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Concept outputs are the official ones; image outputs are, once the image reads concepts instead of the prompt.
-
-    That second attention, made here of what a layer shows, is no part of the package: no parity switch makes the
-    official maps of SD3, whose vectors are scaled and averaged before they are compared.
-    """
+def golden_model() -> tuple[SD3Transformer2DModel, dict[str, Any], dict[str, torch.Tensor], dict[str, Any]]:
+    """The model of the official code's tensors, its inputs, these tensors, and what is known of them."""
     path = Path(str(GOLDEN)) / "ca_sd3_h4d16_l3.json"
     facts, golden = json.loads(path.read_text(encoding="utf-8")), load_file(path.with_suffix(".safetensors"))
     transformer = SD3Transformer2DModel(**facts["config"]).eval()
     transformer.load_state_dict({name[3:]: value for name, value in golden.items() if name.startswith("sd.")})
+    names = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")
+    return transformer, {name: golden[f"in.{name}"] for name in names}, golden, facts
+
+
+@pytest.mark.skipif(GOLDEN is None, reason="DCM_GOLDEN does not name a folder of golden tensors")
+def test_outputs_of_the_official_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Concept states and outputs are the official ones; image outputs are, once the image reads concepts, no prompt.
+
+    That second attention, made here of what a layer shows, is no part of the package: no parity switch makes the
+    official maps of SD3, whose vectors are scaled and averaged before they are compared.
+    """
+    transformer, inputs, golden, facts = golden_model()
     layers: list[LayerTaps] = []
-    score = ConceptAttention.score
+    states: list[torch.Tensor | None] = []
+    score, leave = ConceptAttention.score, type(BACKBONE).leave
     monkeypatch.setattr(
         ConceptAttention, "score", lambda self, taps, *rest: (layers.append(taps), score(self, taps, *rest))[1]
     )
-    names = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")
-    inputs = {name: golden[f"in.{name}"] for name in names}
+    monkeypatch.setattr(type(BACKBONE), "leave", lambda *given: (states.append(leave(*given)), states[-1])[1])
     with torch.no_grad(), dcm.trace(transformer, concept_embeds=golden["in.concept_hidden_states"][0]) as maps:
         sample = transformer(**inputs, return_dict=False)[0]
     assert torch.equal(sample, golden["out.sample"])
@@ -271,6 +278,23 @@ def test_outputs_of_the_official_code(monkeypatch: pytest.MonkeyPatch) -> None:
         assert taps.text_output is not None
         check_vectors(taps.text_output, golden["layers.concept_output_vectors"][layer])
         check_vectors(read_concepts(taps), golden["layers.image_output_vectors"][layer])
+    assert states[-1] is None  # the text of the last block ends there
+    for state, expected in zip(states[:-1], golden["layers.concept_hidden_states_out"], strict=False):
+        assert state is not None
+        torch.testing.assert_close(state, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.skipif(GOLDEN is None, reason="DCM_GOLDEN does not name a folder of golden tensors")
+def test_cross_attention_of_the_official_code() -> None:
+    """The official maps of the prompt's tokens are the mean logits of the heads, unscaled."""
+    transformer, inputs, golden, facts = golden_model()
+    words = {f"token {token}": [token] for token in range(inputs["encoder_hidden_states"].shape[1])}
+    for layer, expected in enumerate(golden["layers.cross_attention_maps"]):
+        options: dict[str, Any] = {"methods": ["cross_attention"], "layers": [layer], "normalize": "none"}
+        with torch.no_grad(), dcm.trace(transformer, target="prompt", prompt_tokens=words, **options) as maps:
+            transformer(**inputs)
+        unscaled = maps.get().flatten(2) * facts["config"]["attention_head_dim"] ** 0.5
+        torch.testing.assert_close(unscaled, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
 def read_concepts(taps: LayerTaps) -> torch.Tensor:
