@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from diffusers.utils import logging
+from torch import nn
 
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
 
@@ -105,6 +107,17 @@ def check_encoders(pipe: Any, *names: str) -> None:
             f"this {type(pipe).__name__} has no tokenizer or text encoder to encode the concepts with; pass "
             f"concept_embeds instead, or load the pipeline with its {', '.join(missing)}"
         )
+
+
+@contextmanager
+def undisturbed(*encoders: nn.Module) -> Iterator[None]:
+    """Within the context, dropout of encoders that are being trained draws nothing from the global random state.
+
+    Args:
+        encoders: what is going to be called; nothing that it does is differentiated.
+    """
+    with torch.no_grad(), torch.random.fork_rng(enabled=any(encoder.training for encoder in encoders)):
+        yield
 
 
 def word_tokens(tokenizer: Any, text: str, limit: int | None) -> int:

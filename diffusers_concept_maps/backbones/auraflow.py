@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from diffusers_concept_maps.backbones._base import Grid, JointBackbone, Site
 from diffusers_concept_maps.processors._base import ConceptProcessor
-from diffusers_concept_maps.tokens import check_encoders, word_tokens
+from diffusers_concept_maps.tokens import check_encoders, undisturbed, word_tokens
 
 if TYPE_CHECKING:
     from diffusers_concept_maps.compiled import Relay
@@ -52,8 +52,7 @@ class AuraFlowBackbone(JointBackbone):
         start = pipe.tokenizer(texts[0], return_special_tokens_mask=True).special_tokens_mask.index(0)
         limit, length = 256 - start if length is None else None, length or 256
         counts = [min(word_tokens(pipe.tokenizer, text, limit), length - start - 1) for text in texts]
-        # Dropout of a text encoder that is being trained would draw from the global random state.
-        with torch.no_grad(), torch.random.fork_rng(enabled=pipe.text_encoder.training):
+        with undisturbed(pipe.text_encoder):
             states, *_ = pipe.encode_prompt(texts, do_classifier_free_guidance=False, max_sequence_length=length)
         return states[:, start:], counts
 

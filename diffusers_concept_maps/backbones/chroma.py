@@ -15,7 +15,7 @@ from torch import nn
 from diffusers_concept_maps.backbones._base import Preset
 from diffusers_concept_maps.backbones.flux import FluxBackbone, first_position
 from diffusers_concept_maps.parity import Parity
-from diffusers_concept_maps.tokens import check_encoders, token_spans, word_tokens
+from diffusers_concept_maps.tokens import check_encoders, token_spans, undisturbed, word_tokens
 
 
 class ChromaBackbone(FluxBackbone):
@@ -32,7 +32,7 @@ class ChromaBackbone(FluxBackbone):
         check_encoders(pipe, "tokenizer", "text_encoder")
         length = length or 512
         counts = [word_tokens(pipe.tokenizer, text, length) for text in texts]
-        with torch.no_grad(), torch.random.fork_rng(enabled=pipe.text_encoder.training):
+        with undisturbed(pipe.text_encoder):
             states, *_ = pipe.encode_prompt(texts, do_classifier_free_guidance=False, max_sequence_length=length)
         return states, counts
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from diffusers_concept_maps.backbones._base import Grid, JoiningBackbone, Preset, Site
 from diffusers_concept_maps.heads import HeadSelection
-from diffusers_concept_maps.tokens import check_encoders, word_tokens
+from diffusers_concept_maps.tokens import check_encoders, undisturbed, word_tokens
 
 _IMAP_SCRIPTS = (
     "motion layers and top-5 heads of the scripts published with IMAP (arXiv 2603.02919); all steps, as there"
@@ -89,8 +89,7 @@ class CogVideoXBackbone(JoiningBackbone):
         limit = int(pipe.transformer.config.max_text_seq_length) if length is None else None
         length = length or int(pipe.transformer.config.max_text_seq_length)
         counts = [min(word_tokens(pipe.tokenizer, text, limit), length - 1) for text in texts]
-        # Dropout of a text encoder that is being trained would draw from the global random state.
-        with torch.no_grad(), torch.random.fork_rng(enabled=pipe.text_encoder.training):
+        with undisturbed(pipe.text_encoder):
             states, _ = pipe.encode_prompt(texts, do_classifier_free_guidance=False, max_sequence_length=length)
         return states, counts
 

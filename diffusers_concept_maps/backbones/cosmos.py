@@ -20,7 +20,14 @@ from diffusers.models.transformers.transformer_cosmos import CosmosAttnProcessor
 from diffusers_concept_maps.backbones._base import CrossBackbone, Grid, Site
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
 from diffusers_concept_maps.processors._base import ConceptProcessor
-from diffusers_concept_maps.tokens import check_encoders, spans_inside, token_spans, word_tokens, words_first
+from diffusers_concept_maps.tokens import (
+    check_encoders,
+    spans_inside,
+    token_spans,
+    undisturbed,
+    word_tokens,
+    words_first,
+)
 
 _TEXT_TOKENS = 512
 _SYSTEM_PROMPT = "You are a helpful assistant who will provide prompts to an image generator."
@@ -56,7 +63,7 @@ class CosmosBackbone(CrossBackbone):
         for text, own in zip(texts, spans, strict=True):
             if max(stop for _, stop in own) < len(text):
                 raise ConceptMapsValueError(f"concept {text!r} does not fit into {length} tokens; shorten it")
-        with torch.no_grad(), torch.random.fork_rng(enabled=pipe.text_encoder.training):
+        with undisturbed(pipe.text_encoder):
             states, _ = pipe.encode_prompt(texts, do_classifier_free_guidance=False, max_sequence_length=length)
         return words_first(states, spans) if converses else (states, counts)
 

@@ -20,7 +20,7 @@ from torch import nn
 from diffusers_concept_maps.backbones._base import Grid, JointBackbone, Preset, Site
 from diffusers_concept_maps.parity import CONCEPT_ATTENTION, FLUX_CONCEPT_ATTENTION, Parity
 from diffusers_concept_maps.processors._base import ConceptProcessor
-from diffusers_concept_maps.tokens import check_encoders, token_spans, word_tokens
+from diffusers_concept_maps.tokens import check_encoders, token_spans, undisturbed, word_tokens
 
 _SIZE = {"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24, "in_channels": 64}
 _LAYERS = {"concept_attention": (15, 16, 17, 18)}
@@ -65,8 +65,7 @@ class FluxBackbone(JointBackbone):
         check_encoders(pipe, "tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
         length = length or (512 if pipe.transformer.config.guidance_embeds else 256)
         counts = [word_tokens(pipe.tokenizer_2, text, length) for text in texts]
-        draws = pipe.text_encoder.training or pipe.text_encoder_2.training
-        with torch.no_grad(), torch.random.fork_rng(enabled=draws):
+        with undisturbed(pipe.text_encoder, pipe.text_encoder_2):
             states, *_ = pipe.encode_prompt(texts, None, max_sequence_length=length)
         return states, counts
 

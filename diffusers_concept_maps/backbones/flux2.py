@@ -38,7 +38,14 @@ from diffusers_concept_maps.backbones.flux import (
 )
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
 from diffusers_concept_maps.parity import Parity
-from diffusers_concept_maps.tokens import check_encoders, spans_inside, token_spans, tokenizer_of, word_tokens
+from diffusers_concept_maps.tokens import (
+    check_encoders,
+    spans_inside,
+    token_spans,
+    tokenizer_of,
+    undisturbed,
+    word_tokens,
+)
 
 _NOBODYS = "\ue000"  # a character that is left to private use
 
@@ -76,7 +83,7 @@ class Flux2Backbone(FluxBackbone):
                     f"concept {text!r} does not fit into the {length} tokens of a chat; shorten it"
                 )
             rows.append([row for row, (start, stop) in enumerate(spans) if start < stop])
-        with torch.no_grad(), torch.random.fork_rng(enabled=pipe.text_encoder.training):
+        with undisturbed(pipe.text_encoder):
             states, _ = pipe.encode_prompt(texts, max_sequence_length=length)
         words = [state[own] for state, own in zip(states, rows, strict=True)]
         return pad_sequence(words, batch_first=True), [len(own) for own in rows]

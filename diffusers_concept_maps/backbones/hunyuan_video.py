@@ -24,7 +24,7 @@ from torch import nn
 from diffusers_concept_maps.backbones._base import Grid, JointBackbone, Preset, Site, unpatched
 from diffusers_concept_maps.heads import HeadSelection
 from diffusers_concept_maps.processors._base import ConceptProcessor
-from diffusers_concept_maps.tokens import check_encoders, spans_inside, token_spans, word_tokens
+from diffusers_concept_maps.tokens import check_encoders, spans_inside, token_spans, undisturbed, word_tokens
 
 _FRAMES_PER_LATENT = 4
 _ASSISTANT_MARKS = 4
@@ -87,8 +87,7 @@ class HunyuanVideoBackbone(JointBackbone):
         options: dict[str, Any] = {"max_sequence_length": length}
         if _takes_image(pipe):
             options["image"] = [Image.new("RGB", (16, 16))] * len(texts)
-        # Dropout of a text encoder that is being trained would draw from the global random state.
-        with torch.no_grad(), torch.random.fork_rng(enabled=pipe.text_encoder.training):
+        with undisturbed(pipe.text_encoder):
             states, *_ = pipe.encode_prompt(prompt=texts, **options)
         words = states.shape[1] - (length - _ASSISTANT_MARKS) if _takes_image(pipe) else 0
         return states[:, words:], counts

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from diffusers_concept_maps.backbones._base import Preset, Site
 from diffusers_concept_maps.backbones.hunyuan_video import HunyuanVideoBackbone, HunyuanVideoConceptProcessor
-from diffusers_concept_maps.tokens import check_encoders, spans_inside, token_spans, word_tokens
+from diffusers_concept_maps.tokens import check_encoders, spans_inside, token_spans, undisturbed, word_tokens
 
 
 class HunyuanVideo15Backbone(HunyuanVideoBackbone):
@@ -37,7 +37,7 @@ class HunyuanVideo15Backbone(HunyuanVideoBackbone):
         length = length or 256
         counts = [word_tokens(pipe.tokenizer, text, length) for text in texts]
         # Not `encode_prompt`, which pads every text to a thousand tokens. Dropout would draw from the random state.
-        with torch.no_grad(), torch.random.fork_rng(enabled=pipe.text_encoder.training):
+        with undisturbed(pipe.text_encoder):
             states, _ = pipe._get_mllm_prompt_embeds(
                 text_encoder=pipe.text_encoder,
                 tokenizer=pipe.tokenizer,

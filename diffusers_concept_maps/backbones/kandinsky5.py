@@ -22,7 +22,14 @@ from torch.nn.utils.rnn import pad_sequence
 from diffusers_concept_maps.backbones._base import CrossBackbone, Grid, Site, unpatched
 from diffusers_concept_maps.errors import ConceptMapsError
 from diffusers_concept_maps.processors._base import ConceptProcessor
-from diffusers_concept_maps.tokens import check_encoders, spans_inside, token_spans, tokenizer_of, word_tokens
+from diffusers_concept_maps.tokens import (
+    check_encoders,
+    spans_inside,
+    token_spans,
+    tokenizer_of,
+    undisturbed,
+    word_tokens,
+)
 
 _TEXT_LENGTH = 512
 """Text tokens that the pipelines take where they are told no other number."""
@@ -63,8 +70,7 @@ class Kandinsky5Backbone(CrossBackbone):
         limit = _TEXT_LENGTH if length is None else None
         length = length or _TEXT_LENGTH
         counts = [word_tokens(tokenizer_of(pipe), self.clean(text), limit) for text in texts]
-        training = pipe.text_encoder.training or pipe.text_encoder_2.training
-        with torch.no_grad(), torch.random.fork_rng(enabled=training):
+        with undisturbed(pipe.text_encoder, pipe.text_encoder_2):
             states = [pipe.encode_prompt([text], max_sequence_length=length)[0][0] for text in texts]
         counts = [min(count, state.shape[0]) for count, state in zip(counts, states, strict=True)]
         return pad_sequence(states, batch_first=True), counts

@@ -19,7 +19,7 @@ from diffusers.models.transformers.transformer_ltx import LTXAttention, LTXVideo
 from diffusers_concept_maps.backbones._base import CrossBackbone, Grid, Site
 from diffusers_concept_maps.errors import ConceptMapsError
 from diffusers_concept_maps.processors._base import ConceptProcessor
-from diffusers_concept_maps.tokens import check_encoders, word_tokens
+from diffusers_concept_maps.tokens import check_encoders, undisturbed, word_tokens
 
 _TEXT_TOKENS = 128
 _FRAMES_PER_LATENT = 8
@@ -51,7 +51,7 @@ class LTXBackbone(CrossBackbone):
         check_encoders(pipe, "tokenizer", "text_encoder")
         length = length or _TEXT_TOKENS
         counts = [word_tokens(pipe.tokenizer, text, length) for text in texts]
-        with torch.no_grad(), torch.random.fork_rng(enabled=pipe.text_encoder.training):
+        with undisturbed(pipe.text_encoder):
             states, *_ = pipe.encode_prompt(texts, do_classifier_free_guidance=False, max_sequence_length=length)
         return states, counts
 

@@ -25,7 +25,7 @@ from torch import nn
 from diffusers_concept_maps.backbones._base import CrossBackbone, Grid, Site
 from diffusers_concept_maps.errors import ConceptMapsError
 from diffusers_concept_maps.processors._base import ConceptProcessor
-from diffusers_concept_maps.tokens import check_encoders, token_spans, word_tokens, words_first
+from diffusers_concept_maps.tokens import check_encoders, token_spans, undisturbed, word_tokens, words_first
 
 _TEXT_TOKENS = 1024
 
@@ -58,8 +58,7 @@ class LTX2Backbone(CrossBackbone):
         length = length or _TEXT_TOKENS
         for text in texts:
             word_tokens(pipe.tokenizer, text, length)  # beside a start mark
-        training = pipe.text_encoder.training or pipe.connectors.training
-        with torch.no_grad(), torch.random.fork_rng(enabled=training):
+        with undisturbed(pipe.text_encoder, pipe.connectors):
             states, mask, *_ = pipe.encode_prompt(texts, do_classifier_free_guidance=False, max_sequence_length=length)
             states, *_ = pipe.connectors(states, mask, padding_side=pipe.tokenizer.padding_side)
         return words_first(states, [self.token_spans(pipe, text, length) for text in texts])

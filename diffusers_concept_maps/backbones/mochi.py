@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from diffusers_concept_maps.backbones._base import Grid, JointBackbone, Site
 from diffusers_concept_maps.processors._base import ConceptProcessor
-from diffusers_concept_maps.tokens import check_encoders, word_tokens
+from diffusers_concept_maps.tokens import check_encoders, undisturbed, word_tokens
 
 _FRAMES_PER_LATENT = 6
 
@@ -49,8 +49,7 @@ class MochiBackbone(JointBackbone):
         check_encoders(pipe, "tokenizer", "text_encoder")
         length = length or int(pipe.transformer.config.max_sequence_length)
         counts = [word_tokens(pipe.tokenizer, text, length) for text in texts]
-        # Dropout of a text encoder that is being trained would draw from the global random state.
-        with torch.no_grad(), torch.random.fork_rng(enabled=pipe.text_encoder.training):
+        with undisturbed(pipe.text_encoder):
             states, *_ = pipe.encode_prompt(texts, do_classifier_free_guidance=False, max_sequence_length=length)
         return states, counts
 

@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from diffusers_concept_maps.backbones._base import Grid, JointBackbone, Site
 from diffusers_concept_maps.errors import ConceptMapsError
 from diffusers_concept_maps.processors._base import ConceptProcessor
-from diffusers_concept_maps.tokens import check_encoders, spans_inside, token_spans, word_tokens
+from diffusers_concept_maps.tokens import check_encoders, spans_inside, token_spans, undisturbed, word_tokens
 
 _IMAGE_MARK = "<|vision_start|><|image_pad|><|vision_end|>"
 
@@ -58,8 +58,7 @@ class QwenImageBackbone(JointBackbone):
         template, start = pipe.prompt_template_encode.replace(_IMAGE_MARK, ""), pipe.prompt_template_encode_start_idx
         written = [template.format(text) for text in texts]
         tokens = pipe.tokenizer(written, padding=True, return_tensors="pt").to(pipe._execution_device)
-        # Dropout of a text encoder that is being trained would draw from the global random state.
-        with torch.no_grad(), torch.random.fork_rng(enabled=pipe.text_encoder.training):
+        with undisturbed(pipe.text_encoder):
             states = pipe.text_encoder(
                 input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=True
             ).hidden_states[-1]

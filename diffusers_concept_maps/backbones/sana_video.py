@@ -20,7 +20,7 @@ from diffusers.models.transformers.transformer_sana_video import SanaAttnProcess
 
 from diffusers_concept_maps.backbones._base import CrossBackbone, Grid, Site
 from diffusers_concept_maps.processors._base import ConceptProcessor
-from diffusers_concept_maps.tokens import check_encoders, token_spans, word_tokens, words_first
+from diffusers_concept_maps.tokens import check_encoders, token_spans, undisturbed, word_tokens, words_first
 
 _TEXT_TOKENS = 300
 _LTX2_CHANNELS = 128
@@ -49,7 +49,7 @@ class SanaVideoBackbone(CrossBackbone):
         length = length or _TEXT_TOKENS
         for text in texts:
             word_tokens(pipe.tokenizer, text.lower(), length - 1)  # beside an end mark, a start mark
-        with torch.no_grad(), torch.random.fork_rng(enabled=pipe.text_encoder.training):
+        with undisturbed(pipe.text_encoder):
             states, *_ = pipe.encode_prompt(
                 texts, False, max_sequence_length=length, complex_human_instruction=_instruction(pipe)
             )

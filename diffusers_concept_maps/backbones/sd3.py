@@ -31,7 +31,7 @@ from torch.nn import functional
 
 from diffusers_concept_maps.backbones._base import Grid, JointBackbone, Site
 from diffusers_concept_maps.processors._base import ConceptProcessor
-from diffusers_concept_maps.tokens import check_encoders, token_spans, word_tokens
+from diffusers_concept_maps.tokens import check_encoders, token_spans, undisturbed, word_tokens
 
 _CLIP_TOKENS = 77
 
@@ -63,9 +63,7 @@ class SD3Backbone(JointBackbone):
         check_encoders(pipe, *needed)
         cut, length = length is not None, length or 256
         encoders = (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3)
-        training = any(encoder is not None and encoder.training for encoder in encoders)
-        # Dropout of a text encoder that is being trained would draw from the global random state.
-        with torch.no_grad(), torch.random.fork_rng(enabled=training):
+        with undisturbed(*(encoder for encoder in encoders if encoder is not None)):
             states, *_ = pipe.encode_prompt(
                 texts, None, None, do_classifier_free_guidance=False, max_sequence_length=length
             )

@@ -20,7 +20,7 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from diffusers_concept_maps.backbones._base import CrossBackbone, Grid, Preset, Site
 from diffusers_concept_maps.heads import HeadSelection
 from diffusers_concept_maps.processors._base import ConceptProcessor
-from diffusers_concept_maps.tokens import check_encoders, word_tokens
+from diffusers_concept_maps.tokens import check_encoders, undisturbed, word_tokens
 
 _TEXT_LENGTH = 512
 """Text tokens that the models were trained with; whatever more their attention is given are tokens of an image."""
@@ -74,7 +74,7 @@ class WanBackbone(CrossBackbone):
         limit = _TEXT_LENGTH if length is None else None
         counts = [word_tokens(pipe.tokenizer, self.clean(text), limit) for text in texts]
         length = length or max(counts) + 1
-        with torch.no_grad(), torch.random.fork_rng(enabled=pipe.text_encoder.training):
+        with undisturbed(pipe.text_encoder):
             states, _ = pipe.encode_prompt(texts, do_classifier_free_guidance=False, max_sequence_length=length)
         return states, [min(count, length - 1) for count in counts]
 
