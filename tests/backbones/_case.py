@@ -121,6 +121,21 @@ def in_double(case: Case, inputs: Inputs) -> tuple[Any, Inputs]:
     return deepcopy(case.make()).double(), cast_inputs(inputs, torch.float64)
 
 
+def call_for_images(pipe: Any, prompts: list[str], **options: Any) -> torch.Tensor:
+    """A seeded run of three guided steps to the latents of small images; `options` go to the pipeline."""
+    settings: dict[str, Any] = {
+        "num_inference_steps": 3,
+        "guidance_scale": 4.0,
+        "height": 20,
+        "width": 12,
+        "max_sequence_length": 12,
+        "output_type": "latent",
+        "generator": torch.Generator().manual_seed(0),
+    }
+    latents: torch.Tensor = pipe(prompts, **(settings | options)).images
+    return latents
+
+
 def find_cases() -> list[Case]:
     """The cases of every module beside this one that has some."""
     folder = Path(__file__).parent

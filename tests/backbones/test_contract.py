@@ -125,6 +125,26 @@ class TestPipeline:
         assert torch.equal(case.call(pipe, ["a red dog"]), off)
         assert maps.coverage[case.methods[0]].any(1).tolist() == [True] * 3
 
+    def test_encoding_draws_no_random_numbers(self, case: Case) -> None:
+        pipe, random = pipeline_of(case), torch.get_rng_state()
+        pipe.text_encoder.train()
+        try:
+            with dcm.trace(pipe, CONCEPTS, methods=case.methods):
+                pass
+        finally:
+            pipe.text_encoder.eval()
+        assert torch.equal(torch.get_rng_state(), random)
+
+    @pytest.mark.parametrize("missing", ["tokenizer", "text_encoder"])
+    def test_without_an_encoder_concepts_are_refused(
+        self, case: Case, missing: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pipe = pipeline_of(case)
+        monkeypatch.setattr(pipe, missing, None)
+        capture = dcm.trace(pipe, CONCEPTS, methods=case.methods)
+        with pytest.raises(dcm.ConceptMapsError, match="has no tokenizer or text encoder"), capture:
+            pass
+
     def test_steps_and_branches(self, case: Case) -> None:
         """Maps of a branch and step are those of a bare transformer with what it was given then."""
         pipe, embeds = pipeline_of(case), embeds_of(case)

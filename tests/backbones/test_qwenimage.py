@@ -80,24 +80,6 @@ def test_a_concept_is_cut_where_a_length_is_given(pipe: QwenImagePipeline) -> No
     torch.testing.assert_close(states[0], states_of(pipe, "a red dog")[:2], rtol=0, atol=1e-5)
 
 
-def test_encoding_draws_no_random_numbers(pipe: QwenImagePipeline) -> None:
-    random = torch.get_rng_state()
-    pipe.text_encoder.train()
-    try:
-        BACKBONE.encode(pipe, CONCEPTS, None)
-    finally:
-        pipe.text_encoder.eval()
-    assert torch.equal(torch.get_rng_state(), random)
-
-
-@pytest.mark.parametrize("missing", ["tokenizer", "text_encoder"])
-def test_no_encoder(missing: str) -> None:
-    bare = tiny.make_pipeline()
-    setattr(bare, missing, None)
-    with pytest.raises(dcm.ConceptMapsError, match="has no tokenizer or text encoder"), dcm.trace(bare, CONCEPTS):
-        pass
-
-
 def test_unknown_and_long_concepts(pipe: QwenImagePipeline) -> None:
     with pytest.raises(dcm.ConceptMapsValueError, match="'zebra' has no word that the tokenizer knows"):
         BACKBONE.encode(pipe, ["zebra"], None)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from backbones import tiny_sd3 as tiny
-from backbones._case import seeded
+from backbones._case import call_for_images, seeded
 from backbones._oracle import kept_state
 from backbones._runs import METHODS, check_run, check_training
 from diffusers import (
@@ -119,9 +119,9 @@ def test_words_of_the_prompt_are_rows_of_every_encoder(
     prompt = "a red dog on the beach"
     rows = {"dog": [3, 77 + 2], "red": [2, 77 + 1]} if t5 else {"dog": [3], "red": [2]}
     with dcm.trace(traced, list(rows), target="prompt", methods=METHODS) as maps:
-        tiny.call(traced, [prompt])
+        call_for_images(traced, [prompt])
     with dcm.trace(traced, target="prompt", prompt_tokens=rows, methods=METHODS) as expected:
-        tiny.call(traced, [prompt])
+        call_for_images(traced, [prompt])
     for method in METHODS:
         assert torch.equal(maps.get(method), expected.get(method))
 
@@ -129,20 +129,20 @@ def test_words_of_the_prompt_are_rows_of_every_encoder(
 @pytest.mark.parametrize("name", ["prompt_2", "prompt_3"])
 def test_words_are_not_looked_for_where_encoders_have_other_prompts(name: str, pipe: StableDiffusion3Pipeline) -> None:
     with dcm.trace(pipe, ["dog"], target="prompt", methods=METHODS) as maps:
-        tiny.call(pipe, ["a red dog"], **{name: ["a red dog"]})
+        call_for_images(pipe, ["a red dog"], **{name: ["a red dog"]})
     assert maps.concepts == ("dog",)
     message = rf"^{name} gives the text of this run other tokens than .*leave it out, or pass prompt_tokens="
     with (
         pytest.raises(dcm.ConceptMapsError, match=message),
         dcm.trace(pipe, ["dog"], target="prompt", methods=METHODS),
     ):
-        tiny.call(pipe, ["a red dog"], **{name: ["the dog"]})
+        call_for_images(pipe, ["a red dog"], **{name: ["the dog"]})
 
 
 @pytest.mark.parametrize(("branch", "row"), [("cond", 1), ("uncond", 0)])
 def test_text_to_image(branch: str, row: int, pipe: StableDiffusion3Pipeline) -> None:
     places = [(step, slice(row, row + 1)) for step in range(3)]
-    check_run(pipe, lambda: tiny.call(pipe, ["a red dog"]), EMBEDS, (1, 5, 3), places, passes=3, branch=branch)
+    check_run(pipe, lambda: call_for_images(pipe, ["a red dog"]), EMBEDS, (1, 5, 3), places, passes=3, branch=branch)
 
 
 def test_nothing_is_recorded_of_perturbed_attention(
@@ -154,35 +154,35 @@ def test_nothing_is_recorded_of_perturbed_attention(
     }
     perturbed = StableDiffusion3PAGPipeline(**parts, pag_applied_layers=["blocks.1"])
     perturbed.set_progress_bar_config(disable=True)
-    before, off = kept_state(pipe.transformer), tiny.call(perturbed, ["a red dog"])
+    before, off = kept_state(pipe.transformer), call_for_images(perturbed, ["a red dog"])
     with dcm.trace(perturbed, concept_embeds=EMBEDS) as maps:
-        assert torch.equal(tiny.call(perturbed, ["a red dog"]), off)
+        assert torch.equal(call_for_images(perturbed, ["a red dog"]), off)
         with pytest.raises(dcm.ConceptMapsError, match="nothing has been recorded"):
             maps.get()
-        off = tiny.call(perturbed, ["a red dog"], pag_scale=0.0)
+        off = call_for_images(perturbed, ["a red dog"], pag_scale=0.0)
     assert kept_state(pipe.transformer) == before
     assert [record.message for record in caplog.records if "perturbed" in record.message] == [
         "StableDiffusion3PAGPipeline adds rows for perturbed attention to its batches, of which the guidance branches "
         "cannot be told: nothing is recorded of this run. Call it with pag_scale=0."
     ]
     with dcm.trace(pipe, concept_embeds=EMBEDS) as expected:
-        assert torch.equal(tiny.call(pipe, ["a red dog"]), off)
+        assert torch.equal(call_for_images(pipe, ["a red dog"]), off)
     assert torch.equal(maps.get(), expected.get())
 
 
 def test_without_guidance(pipe: StableDiffusion3Pipeline) -> None:
     places = [(step, slice(0, 2)) for step in range(3)]
     prompts = ["a red dog", "the sky"]
-    check_run(pipe, lambda: tiny.call(pipe, prompts, guidance_scale=1.0), EMBEDS, (1, 5, 3), places, passes=3)
+    check_run(pipe, lambda: call_for_images(pipe, prompts, guidance_scale=1.0), EMBEDS, (1, 5, 3), places, passes=3)
 
 
 @pytest.mark.parametrize("skipped", [[0], [1, 2]])
 def test_passes_with_skipped_layers_are_left_out(skipped: list[int], pipe: StableDiffusion3Pipeline) -> None:
     options = {"skip_guidance_layers": skipped, "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
     places = [(0, COND), (1, COND), (3, COND)]  # the second and third step have such a pass
-    plain = tiny.call(pipe, ["a red dog"])
-    assert not torch.equal(tiny.call(pipe, ["a red dog"], **options), plain)
-    check_run(pipe, lambda: tiny.call(pipe, ["a red dog"], **options), EMBEDS, (1, 5, 3), places, passes=5)
+    plain = call_for_images(pipe, ["a red dog"])
+    assert not torch.equal(call_for_images(pipe, ["a red dog"], **options), plain)
+    check_run(pipe, lambda: call_for_images(pipe, ["a red dog"], **options), EMBEDS, (1, 5, 3), places, passes=5)
 
 
 def test_a_bare_transformer_with_skipped_layers() -> None:
@@ -196,9 +196,9 @@ def test_fused_before_the_capture_and_unfused_again() -> None:
     fused = tiny.make_pipeline()
     fused.transformer.fuse_qkv_projections()
     places = [(step, COND) for step in range(3)]
-    check_run(fused, lambda: tiny.call(fused, ["a red dog"]), EMBEDS, (1, 5, 3), places, passes=3)
+    check_run(fused, lambda: call_for_images(fused, ["a red dog"]), EMBEDS, (1, 5, 3), places, passes=3)
     fused.transformer.unfuse_qkv_projections()
-    check_run(fused, lambda: tiny.call(fused, ["a red dog"]), EMBEDS, (1, 5, 3), places, passes=3)
+    check_run(fused, lambda: call_for_images(fused, ["a red dog"]), EMBEDS, (1, 5, 3), places, passes=3)
 
 
 def test_training_with_fused_projections() -> None:
@@ -219,7 +219,7 @@ def test_from_an_image(kind: str) -> None:
     options: dict[str, Any] = {"image": picture(), "strength": 0.5}  # two of the three steps
     options |= {"mask_image": picture().convert("L")} if inpaints else {}
     places = [(step, COND) for step in range(2)]
-    check_run(pipe, lambda: tiny.call(pipe, ["a red dog"], **options), EMBEDS, (1, 5, 3), places, passes=2)
+    check_run(pipe, lambda: call_for_images(pipe, ["a red dog"], **options), EMBEDS, (1, 5, 3), places, passes=2)
 
 
 def test_with_a_control_net() -> None:
@@ -236,9 +236,9 @@ def test_with_a_control_net() -> None:
 
     def run() -> torch.Tensor:
         torch.manual_seed(0)  # the stock pipeline samples the control image without its generator
-        return tiny.call(pipe, ["a red dog"], control_image=picture(), **size)
+        return call_for_images(pipe, ["a red dog"], control_image=picture(), **size)
 
-    assert not torch.equal(run(), tiny.call(tiny.make_pipeline(), ["a red dog"], **size))
+    assert not torch.equal(run(), call_for_images(tiny.make_pipeline(), ["a red dog"], **size))
     check_run(pipe, run, EMBEDS, (1, 6, 4), [(step, COND) for step in range(3)], passes=3)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from backbones._case import Case, Inputs, randomize, seeded
+from backbones._case import Case, Inputs, call_for_images, randomize, seeded
 from backbones.tiny_cogvideox import WORDS
 from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -84,19 +84,6 @@ def make_pipeline(start: bool = True) -> AuraFlowPipeline:
     return pipe
 
 
-def call(pipe: AuraFlowPipeline, prompts: list[str], **options: Any) -> torch.Tensor:
-    settings: dict[str, Any] = {
-        "num_inference_steps": 3,
-        "guidance_scale": 4.0,
-        "height": 20,
-        "width": 12,
-        "max_sequence_length": 12,
-        "output_type": "latent",
-        "generator": torch.Generator().manual_seed(0),
-    }
-    return pipe(prompts, **(settings | options)).images
-
-
 SHARED: dict[str, Any] = {
     "inputs": inputs,
     "grid": (1, 5, 3),
@@ -110,7 +97,7 @@ CASES = (
         make_transformer,
         **SHARED,
         pipeline=make_pipeline,
-        call=call,
+        call=call_for_images,
         frames_per_prompt="num_images_per_prompt",
     ),
     Case("AuraFlow fused", make_fused, **SHARED),

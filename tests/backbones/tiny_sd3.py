@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from backbones._case import Case, Inputs, randomize, seeded
+from backbones._case import Case, Inputs, call_for_images, randomize, seeded
 from backbones.tiny_cogvideox import WORDS, make_tokenizer
 from diffusers import (
     AutoencoderKL,
@@ -116,19 +116,6 @@ def make_pipeline(t5: bool = True, channels: int = 4) -> StableDiffusion3Pipelin
     return pipe
 
 
-def call(pipe: StableDiffusion3Pipeline, prompts: list[str], **options: Any) -> torch.Tensor:
-    settings: dict[str, Any] = {
-        "num_inference_steps": 3,
-        "guidance_scale": 4.0,
-        "height": 20,
-        "width": 12,
-        "max_sequence_length": 12,
-        "output_type": "latent",
-        "generator": torch.Generator().manual_seed(0),
-    }
-    return pipe(prompts, **(settings | options)).images
-
-
 SHARED: dict[str, Any] = {
     "inputs": inputs,
     "grid": (1, 5, 3),
@@ -142,7 +129,7 @@ CASES = (
         make_transformer,
         **SHARED,
         pipeline=make_pipeline,
-        call=call,
+        call=call_for_images,
         frames_per_prompt="num_images_per_prompt",
     ),
     Case("SD3.5 medium", make_35_medium, **SHARED),
