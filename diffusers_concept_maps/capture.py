@@ -1,34 +1,28 @@
-"""Attach a capture to a transformer and undo it exactly; the only file that touches a model."""
+"""Captures: what `trace` attaches to a transformer, and the maps that come of it."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.hooks import RemovableHandle
 
+from diffusers_concept_maps.attachment import Attachment, check_alike, check_free
 from diffusers_concept_maps.backbones import Backbone, Site, find_backbone, find_transformers, uncompiled
-from diffusers_concept_maps.compiled import FollowedCall, HeldForward, Relay, held_forward, is_compiled, new_order
-from diffusers_concept_maps.errors import ConceptMapsError
 from diffusers_concept_maps.heads import HeadSelection
 from diffusers_concept_maps.maps import ConceptMaps
 from diffusers_concept_maps.one_pass import check_one_pass
 from diffusers_concept_maps.parallel import check_parallel
 from diffusers_concept_maps.parity import Parity
 from diffusers_concept_maps.plan import CapturePlan, Request, make_plan
-from diffusers_concept_maps.processors import ConceptAttnProcessor, ConceptProcessor, carry_over, concept_processor
 from diffusers_concept_maps.recorder import Recorder
 from diffusers_concept_maps.results import Results
 
 
-class CaptureHandle:
+class CaptureHandle(Attachment):
     """A capture that is attached to a transformer until `remove` is called.
 
     Attributes:
@@ -36,7 +30,13 @@ class CaptureHandle:
     """
 
     def __init__(
-        self, plan: CapturePlan, recorder: Recorder, backbone: Backbone, sites: Mapping[Any, list[Site]]
+        self,
+        plan: CapturePlan,
+        recorder: Recorder,
+        backbone: Backbone,
+        sites: Mapping[Any, list[Site]],
+        *,
+        stops: bool = False,
     ) -> None:
         """Attach to every transformer; whatever fails on the way, everything done so far is undone."""
         metadata = _metadata(backbone, uncompiled(next(iter(sites))), plan)
@@ -44,122 +44,36 @@ class CaptureHandle:
             branch: ConceptMaps(_BranchView(plan, recorder.results, branch, metadata), tuple(plan.methods))
             for branch in plan.branches
         }
+        self._results = recorder.results
         self._prompt = plan.prompt
-        self._recorder = recorder
-        self._backbone = backbone
-        self._hooks: list[RemovableHandle] = []
-        self._swapped: list[tuple[Any, Any, ConceptProcessor]] = []
-        self._adopted: list[ConceptProcessor] = []
-        self._call: dict[str, Any] = {}
-        self._patched: list[tuple[Any, str, Any, Any]] = []
-        try:
-            if self._prompt is not None:
-                self._prompt.listen()
-            for transformer, own in sites.items():
-                self._follow(transformer)
-                if any(is_compiled(module) for module in transformer.modules()):
-                    self._attach_compiled(own, plan.deepest)
-                else:
-                    self._attach(own, joins=plan.attention == "one_pass")
-        except BaseException:
-            self.remove(failed=True)
-            raise
-
-    def _follow(self, transformer: Any) -> None:
-        """Notice when a transformer, compiled or not, is called and when it is done."""
-        if transformer._compiled_call_impl is None:
-            self._hooks.append(transformer.register_forward_pre_hook(self._begin, with_kwargs=True))
-            self._hooks.append(transformer.register_forward_hook(self._end, always_call=True))
-        else:
-            call = FollowedCall(transformer, self._begin, transformer._compiled_call_impl, self._end)
-            self._patch(transformer, "_compiled_call_impl", call)
-
-    def _attach(self, sites: list[Site], *, joins: bool) -> None:
-        for attention in (attention for site in sites for attention in (site.attention, *site.others)):
-            self._install(attention, self._recorder)
-        for site in sites:
-            self._hooks.append(site.block.register_forward_pre_hook(partial(self._hold, site), with_kwargs=True))
-            if joins:  # before the hooks of the user, which then see the outputs that they saw
-                self._hooks.append(site.block.register_forward_hook(self._part, prepend=True))
-
-    def _attach_compiled(self, sites: list[Site], deepest: int) -> None:
-        """Calls are replaced, because hooks would be compiled along with the module that they are of."""
-        order = new_order()
-        for layer, site in enumerate(sites):
-            relay = Relay(
-                self._recorder, self._backbone, site, call=self._call, order=order, recorded=layer <= deepest
-            )
-            for attention in (site.attention, *site.others):
-                self._install(attention, relay)
-            self._patch(site.block, "forward", held_forward(relay, site.block.forward))
-
-    def _patch(self, module: Any, name: str, wrapper: Callable[..., Any]) -> None:
-        self._patched.append((module, name, wrapper, module.__dict__.get(name)))
-        module.__dict__[name] = wrapper
-
-    def _install(self, attention: Any, recorder: Recorder | Relay) -> None:
-        installed: Any = attention.processor
-        if isinstance(installed, ConceptProcessor):
-            installed.recorder = recorder
-            self._adopted.append(installed)
-        else:
-            processor = concept_processor(installed)
-            assert processor is not None  # `_check_free` has looked
-            processor.recorder = recorder
-            self._swapped.append((attention, installed, processor))
-            attention.processor = processor
+        if self._prompt is not None:
+            self._prompt.listen()
+        joins = plan.attention == "one_pass"
+        super().__init__(recorder, backbone, sites, deepest=plan.deepest, joins=joins, stops=stops)
 
     def remove(self, *, failed: bool = False) -> None:
-        """Put the very processors back that were there, and take every hook out; a second call does nothing.
+        """See `Attachment.remove`.
 
         Args:
             failed: the run was cut short; maps of kept axes are then dropped instead of finished.
         """
         if self._prompt is not None:
             self._prompt.stop()
-        for hook in self._hooks:
-            hook.remove()
-        for module, name, wrapper, before in self._patched:
-            restores = module.__dict__.get(name) is wrapper  # otherwise somebody has wrapped it, or compiled anew
-            if restores:
-                module.__dict__.pop(name)
-                module.__dict__.update({} if before is None else {name: before})
-            if isinstance(wrapper, HeldForward):
-                wrapper.release(passes_on=not restores)
-        for attention, stock, processor in self._swapped:
-            if attention.processor is processor:  # otherwise somebody has set another one since: theirs stays
-                attention.processor = stock
-                carry_over(processor, stock)
-            processor.recorder = None  # it may live on, where the user or `fuse_qkv_projections` has kept it
-        for processor in self._adopted:
-            processor.__dict__.pop("recorder", None)
-        self._hooks, self._patched, self._swapped, self._adopted, self._prompt = [], [], [], [], None
-        self._recorder.results.close(failed=failed)
-
-    def _begin(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _expect_eager()
-        whole = uncompiled(transformer)
-        self._call.clear()
-        self._call.update(_by_name(whole, args, kwargs))
-        self._recorder.begin(whole, dict(self._call))
-
-    def _end(self, transformer: Any, args: tuple[Any, ...], output: Any) -> None:
-        self._call.clear()
-        self._recorder.end(finished=output is not None)
-
-    def _hold(
-        self, site: Site, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        _expect_eager()
-        joined = self._recorder.hold(site, _by_name(block, args, kwargs))
-        return None if joined is None else ((), joined)
-
-    def _part(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return self._recorder.part(output)
+            self._prompt = None
+        super().remove(failed=failed)
+        self._results.close(failed=failed)
 
 
-def attach(pipe_or_transformer: Any, concepts: Sequence[str] | None = None, **options: Any) -> CaptureHandle:
+def attach(
+    pipe_or_transformer: Any, concepts: Sequence[str] | None = None, *, stops: bool = False, **options: Any
+) -> CaptureHandle:
     """Attach a capture; the arguments and their defaults are those of `trace`.
+
+    Args:
+        pipe_or_transformer: as for `trace`.
+        concepts: likewise.
+        stops: passes end behind the deepest layer that is read, with `attachment.DeepestLayerReached`.
+        **options: as for `trace`.
 
     Returns:
         A handle with the maps and `remove()`.
@@ -174,15 +88,15 @@ def attach(pipe_or_transformer: Any, concepts: Sequence[str] | None = None, **op
     backbone = find_backbone(transformers[0])
     sites = {transformer: find_backbone(transformer).sites(transformer) for transformer in transformers}
     for transformer, own in sites.items():
-        _check_free(transformer, own)
+        check_free(transformer, own)
         check_parallel(backbone, transformer)
-    _check_alike(backbone, sites)
+    check_alike(backbone, sites)
     plan = make_plan(pipe, transformers[0], backbone, concepts, request)
     if plan.attention == "one_pass":
         for transformer in outer:
             check_one_pass(backbone, transformer)
     recorder = Recorder(plan, backbone, sites, pipe)
-    return CaptureHandle(plan, recorder, backbone, dict(zip(outer, sites.values(), strict=True)))
+    return CaptureHandle(plan, recorder, backbone, dict(zip(outer, sites.values(), strict=True)), stops=stops)
 
 
 @contextmanager
@@ -283,52 +197,6 @@ def trace(
         handle.remove(failed=True)
         raise
     handle.remove()
-
-
-def _check_alike(backbone: Backbone, sites: Mapping[Any, list[Site]]) -> None:
-    """Raise unless the transformers of a pipeline have the same layers and heads, of which the maps are made."""
-    first, *others = sites
-    for other in others:
-        if (len(sites[other]), backbone.heads(other)) != (len(sites[first]), backbone.heads(first)):
-            raise ConceptMapsError(
-                f"transformer_2 has {len(sites[other])} layers of {backbone.heads(other)} heads, transformer has "
-                f"{len(sites[first])} of {backbone.heads(first)}; expected two that are alike. Trace one of them"
-            )
-
-
-def _check_free(transformer: Any, sites: list[Site]) -> None:
-    """Raise unless every attention module can be captured and none is captured already."""
-    for layer, site in enumerate(sites):
-        for attention in (site.attention, *site.others):
-            _check_processor(transformer, layer, attention.processor)
-
-
-def _check_processor(transformer: Any, layer: int, installed: Any) -> None:
-    if isinstance(installed, ConceptProcessor):
-        if installed.recorder is not None:
-            raise ConceptMapsError(
-                f"this {type(transformer).__name__} is being traced already; leave the other `with` block first"
-            )
-        if installed.stock is None and not isinstance(installed, ConceptAttnProcessor):
-            raise ConceptMapsError(f"layer {layer} holds {type(installed).__name__}, which shows no attention")
-    elif concept_processor(installed) is None:
-        raise ConceptMapsError(
-            f"layer {layer} has the attention processor {type(installed).__name__}, which cannot be traced; put "
-            f"the model's own processor or one of concept_attn_processors() back first"
-        )
-
-
-def _expect_eager() -> None:
-    if torch.compiler.is_compiling():
-        raise ConceptMapsError("the transformer was compiled during the capture; compile it before the `with` block")
-
-
-def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a module's forward by name."""
-    if not args:
-        return dict(kwargs)
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
-    return dict(zip(names, args, strict=False)) | dict(kwargs)
 
 
 @dataclass(frozen=True)

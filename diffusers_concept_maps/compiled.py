@@ -22,7 +22,7 @@ from diffusers_concept_maps.backbones import Backbone, JointBackbone, Site, unco
 from diffusers_concept_maps.dispatch import NAMESPACE
 
 if TYPE_CHECKING:
-    from diffusers_concept_maps.recorder import Recorder
+    from diffusers_concept_maps.listener import PassListener
 
 _relays: WeakValueDictionary[int, Relay] = WeakValueDictionary()
 _forwards: WeakKeyDictionary[nn.Module, HeldForward] = WeakKeyDictionary()
@@ -42,7 +42,7 @@ class Relay:
 
     def __init__(
         self,
-        recorder: Recorder,
+        recorder: PassListener[Any],
         backbone: Backbone,
         site: Site,
         *,
@@ -73,37 +73,48 @@ class Relay:
         _relays[id(self)] = self
 
     def records(self, attention: nn.Module) -> bool:
-        """See `Recorder.records`; a graph hands over whatever the run may record, and the op decides."""
+        """See `PassListener.records`; a graph hands over whatever the run may record, and the op decides."""
         return self._recorded if torch.compiler.is_compiling() else self.recorder.records(attention)
 
     @property
     def answering(self) -> bool:
-        """See `Recorder.answering`; blocks are re-entered outside of graphs."""
+        """See `PassListener.answering`; blocks are re-entered outside of graphs."""
         return not torch.compiler.is_compiling() and self.recorder.answering
 
     @property
     def quirks(self) -> bool:
-        """See `Recorder.quirks`."""
+        """See `PassListener.quirks`."""
         return self.recorder.quirks
 
     @property
+    def restricts(self) -> bool:
+        """See `PassListener.restricts`; guidance refuses compiled modules."""
+        return False
+
+    @property
     def joined(self) -> None:
-        """See `Recorder.joined`; `attention="one_pass"` refuses compiled modules."""
+        """See `PassListener.joined`; `attention="one_pass"` refuses compiled modules."""
         return None
 
     def answer(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """See `Recorder.answer`."""
+        """See `PassListener.answer`."""
         return self.recorder.answer(query, key, value)
 
+    def restrict(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, text: slice, image: slice
+    ) -> torch.Tensor:
+        """See `PassListener.restrict`."""
+        return self.recorder.restrict(query, key, value, text=text, image=image)
+
     def text_tokens(self, attention: nn.Module) -> int:
-        """See `Recorder.text_tokens`."""
+        """See `PassListener.text_tokens`."""
         if torch.compiler.is_compiling():
             assert isinstance(self._backbone, JointBackbone)
             return self._backbone.text_tokens(self.site.block, self._arguments, self._call)
         return self.recorder.text_tokens(attention)
 
     def hold(self, arguments: dict[str, Any]) -> None:
-        """See `Recorder.hold`."""
+        """See `PassListener.hold`."""
         self._arguments = arguments
         if torch.compiler.is_compiling():
             if self._recorded:
@@ -129,7 +140,7 @@ class Relay:
         image: slice,
         concepts: slice | None = None,
     ) -> None:
-        """See `Recorder.observe`."""
+        """See `PassListener.observe`."""
         if torch.compiler.is_compiling():
             heads = [tensor.detach() for tensor in (query, key, value, output)]
             _observe(self._order, self._number, heads, [*_bounds(text, query), *_bounds(image, query)])
@@ -144,7 +155,7 @@ class Relay:
         text_key: torch.Tensor,
         project: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
-        """See `Recorder.observe_crossing`."""
+        """See `PassListener.observe_crossing`."""
         if torch.compiler.is_compiling():
             heads = [tensor.detach() for tensor in (query, output, text_key)]
             _observe_crossing(self._order, self._number, heads)

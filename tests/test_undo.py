@@ -18,7 +18,7 @@ from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0, Fuse
 from torch import nn
 
 import diffusers_concept_maps as dcm
-from diffusers_concept_maps import capture
+from diffusers_concept_maps import attachment, capture
 from diffusers_concept_maps.methods.gramcol import GramCol
 
 CONCEPTS = ["dog", "running", "sky"]
@@ -229,7 +229,7 @@ def failing_at(function: Callable[..., Any], turn: int) -> Callable[..., Any]:
     [
         (nn.Module, "register_forward_pre_hook", 4),  # the transformer and its three blocks
         (nn.Module, "register_forward_hook", 1),
-        (capture, "concept_processor", 6),
+        (attachment, "concept_processor", 6),
         (capture, "_metadata", 1),
         (capture, "make_plan", 1),
     ],

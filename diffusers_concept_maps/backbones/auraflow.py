@@ -23,7 +23,7 @@ from diffusers_concept_maps.tokens import check_encoders, undisturbed, word_toke
 
 if TYPE_CHECKING:
     from diffusers_concept_maps.compiled import Relay
-    from diffusers_concept_maps.recorder import Recorder
+    from diffusers_concept_maps.listener import PassListener
 
 _REGISTERS = 8
 
@@ -128,7 +128,7 @@ class _AuraFlowProcessor(ConceptProcessor, ABC):
 
     def _answer(
         self,
-        recorder: Recorder | Relay,
+        recorder: PassListener[Any] | Relay,
         attn: Attention,
         hidden_states: torch.Tensor,
         text_states: torch.Tensor | None,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from diffusers_concept_maps.compiled import Relay
-    from diffusers_concept_maps.recorder import Recorder
+    from diffusers_concept_maps.listener import PassListener
 
 CONCEPT_PROCESSORS: list[type[ConceptProcessor]] = []
 
@@ -24,11 +24,13 @@ class ConceptProcessor:
 
     Attributes:
         recorder: the capture that reads this processor, set for its duration.
+        guide: the guidance that this processor serves, set for its duration.
         stock: the class it is a drop-in for; None in the router and in processors that have nothing to show.
         fused: it is for modules whose projections are fused, or for others; None is for both.
     """
 
-    recorder: Recorder | Relay | None = None
+    recorder: PassListener[Any] | Relay | None = None
+    guide: PassListener[Any] | None = None
     stock: ClassVar[type | None] = None
     fused: ClassVar[bool | None] = None
 
@@ -46,6 +48,13 @@ class ConceptProcessor:
             given: what it is called with beside its hidden states, by the names of the router's arguments.
         """
         return getattr(type(attention), "_default_processor_cls", None) is cls.stock
+
+    def listener(self, attention: Any) -> PassListener[Any] | Relay | None:
+        """Who is to be told of an attention call: the capture, or the guidance while a pass of its own runs."""
+        for listener in (self.recorder, self.guide):
+            if listener is not None and listener.records(attention):
+                return listener
+        return None
 
     def project_key(self, attn: Any, text: torch.Tensor) -> torch.Tensor:
         """Keys `[row, H, text, D]` of text as a cross-attention takes it `[row, text, width]`; in graphs needed alone.
