@@ -145,7 +145,7 @@ class Attachment:
         _expect_eager()
         whole = uncompiled(transformer)
         self._call.clear()
-        self._call.update(_by_name(whole, args, kwargs))
+        self._call.update(by_name(whole, args, kwargs))
         self._listener.begin(whole, dict(self._call))
 
     def _end(self, transformer: Any, args: tuple[Any, ...], output: Any) -> None:
@@ -156,7 +156,7 @@ class Attachment:
         self, site: Site, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         _expect_eager()
-        joined = self._listener.hold(site, _by_name(block, args, kwargs))
+        joined = self._listener.hold(site, by_name(block, args, kwargs))
         return None if joined is None else ((), joined)
 
     def _part(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -201,7 +201,7 @@ def _expect_eager() -> None:
         raise ConceptMapsError("the transformer was compiled during the capture; compile it before the `with` block")
 
 
-def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a module's forward by name."""
     if not args:
         return dict(kwargs)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from diffusers_concept_maps.backbones._base import Grid, JoiningBackbone, Preset, Site
+from diffusers_concept_maps.backbones._real import ClipShape, put_channels
 from diffusers_concept_maps.heads import HeadSelection
 from diffusers_concept_maps.tokens import check_encoders, undisturbed, word_tokens
 
@@ -109,6 +110,27 @@ class CogVideoXBackbone(JoiningBackbone):
             "frames_per_latent": int(transformer.config.temporal_compression_ratio),
             "latents_per_token": _latents_per_token(transformer),
         }
+
+    def clip_shape(self, pipe: Any) -> ClipShape:
+        """See `RealInput.clip_shape`."""
+        config, factor = pipe.transformer.config, int(pipe.vae_scale_factor_spatial)
+        step, area = int(pipe.vae_scale_factor_temporal), config.sample_height * config.sample_width * factor**2
+        # Whatever the model was trained with, `sample_frames` is the number of frames; the pipelines take it so, too.
+        return ClipShape(factor * int(config.patch_size), area, int(config.sample_frames), step)
+
+    def real_arguments(self, pipe: Any) -> dict[str, Any]:
+        """See `RealInput.real_arguments`; the sin-cos positions of a model are for one text length."""
+        length = int(pipe.transformer.config.max_text_seq_length)
+        return super().real_arguments(pipe) | {"max_sequence_length": length}
+
+    def insert(self, pipe: Any, call: Mapping[str, Any], latents: torch.Tensor) -> dict[str, Any]:
+        """See `RealInput.insert`; 1.5 has an odd number of latent frames padded in front."""
+        hidden = call["hidden_states"]
+        frames = latents.transpose(1, 2)
+        padding = hidden.shape[1] - frames.shape[1]
+        if 0 < padding < _latents_per_token(pipe.transformer):
+            frames = torch.cat([frames[:, :1]] * padding + [frames], dim=1)
+        return {"hidden_states": put_channels(hidden, frames, dim=2)}
 
     def enter(
         self, transformer: Any, embeds: torch.Tensor, like: torch.Tensor, call: Mapping[str, Any], rows: slice

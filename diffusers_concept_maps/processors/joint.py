@@ -44,8 +44,8 @@ class _SharedJointProcessor(ConceptProcessor):
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention of `[text | image]`; image `[batch, N, width]` and text `[batch, T, width]` in, the same out."""
-        recorder = self.recorder
-        if recorder is None or not recorder.records(attn):
+        recorder = self.listener(attn)
+        if recorder is None:
             stock: Any = super()
             return cast(
                 "tuple[torch.Tensor, torch.Tensor]",
@@ -66,7 +66,9 @@ class _SharedJointProcessor(ConceptProcessor):
             query[:, :, at_image] = apply_rotary_emb(query[:, :, at_image], image_rotary_emb)
             if not attn.is_cross_attention:
                 key[:, :, at_image] = apply_rotary_emb(key[:, :, at_image], image_rotary_emb)
-        if joined is not None:
+        if recorder.restricts:
+            output = recorder.restrict(query, key, value, text=slice(0, text), image=at_image)
+        elif joined is not None:
             output = joined.attend(query, key, value, text, mask)
         else:
             output = functional.scaled_dot_product_attention(

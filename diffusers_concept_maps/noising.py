@@ -1,0 +1,82 @@
+"""Noise at a place of the training schedule that one chooses, for any scheduler of the host."""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import Any
+
+import torch
+
+from diffusers_concept_maps.errors import ConceptMapsValueError
+
+
+def check_level(level: object) -> float:
+    """A noise level as a number.
+
+    Args:
+        level: fraction of the training schedule.
+
+    Raises:
+        ConceptMapsValueError: it is no number in (0, 1].
+    """
+    if isinstance(level, bool) or not isinstance(level, int | float) or not 0 < level <= 1:
+        raise ConceptMapsValueError(
+            f"noise_level is {level!r}; expected a fraction of the training schedule in (0, 1], such as 0.5"
+        )
+    return float(level)
+
+
+def add_noise(scheduler: Any, clean: torch.Tensor, noise: torch.Tensor, level: float) -> torch.Tensor:
+    """Latents as the model has seen them in training at a noise level.
+
+    Args:
+        scheduler: of the pipeline.
+        clean: latents.
+        noise: standard normal numbers of the same shape.
+        level: fraction of the training schedule.
+
+    Returns:
+        `(1 - level) * clean + level * noise` where the model was trained on straight paths (flow matching),
+        `sqrt(a) * clean + sqrt(1 - a) * noise` with the scheduler's cumulative product `a` otherwise.
+    """
+    if not is_flow(scheduler):
+        kept: torch.Tensor = scheduler.alphas_cumprod[_step(scheduler, level)].to(clean)
+        return kept.sqrt() * clean + (1 - kept).sqrt() * noise
+    return (1 - level) * clean + level * noise
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Whether a scheduler is for models that were trained on straight paths between clip and noise."""
+    config = scheduler.config
+    return (
+        getattr(scheduler, "alphas_cumprod", None) is None
+        or getattr(config, "prediction_type", None) == "flow_prediction"
+        or bool(getattr(config, "use_flow_sigmas", False))
+    )
+
+
+def at_level(scheduler: Any, level: float) -> Any:
+    """A scheduler of the same config whose schedule is one step at a noise level, whatever is asked of it.
+
+    Args:
+        scheduler: of the pipeline; it stays as it is.
+        level: fraction of the training schedule.
+    """
+    own = type(scheduler).from_config(scheduler.config)
+    set_timesteps = own.set_timesteps
+    timestep = level * own.config.num_train_timesteps if is_flow(own) else _step(own, level)
+
+    @wraps(set_timesteps)  # pipelines look at its arguments
+    def set_one(*args: Any, **kwargs: Any) -> None:
+        set_timesteps(*args, **kwargs)
+        own.timesteps = torch.full_like(own.timesteps[:1], timestep)
+        if isinstance(getattr(own, "sigmas", None), torch.Tensor):
+            own.sigmas = own.sigmas.new_tensor([level, 0.0])
+
+    own.set_timesteps = set_one
+    return own
+
+
+def _step(scheduler: Any, level: float) -> int:
+    steps = int(scheduler.config.num_train_timesteps)
+    return max(round(level * steps), 1) - 1
