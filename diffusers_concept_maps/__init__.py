@@ -3,7 +3,7 @@
 concept text -> embeddings (`concepts`) -> concept tokens carried through the blocks (`stream`) -> attention processors
 that show q, k, v and output (`processors`) -> similarity and head statistics (`ops`, `reference`) -> one map per
 layer and step (`methods`) -> running mean (`accumulate`) -> `ConceptMaps` (`maps`, `upsample`) -> beside the frames
-(`pipeline`), as a picture (`visualize`) or a file (`cli`).
+(`pipeline`), as a picture (`visualize`) or a file (`commands`, run by `cli`).
 
 `capture` attaches all this to a transformer and undoes it; `recorder` is a capture at work and `progress` tells it
 which step and guidance branch a forward pass is; `plan` checks what was asked for; `backbones` say where text enters

@@ -10,6 +10,7 @@ import torch
 
 import diffusers_concept_maps as dcm
 from diffusers_concept_maps import cli
+from diffusers_concept_maps.commands import generate
 from diffusers_concept_maps.shapes.captions import TEXT_LENGTH
 from diffusers_concept_maps.shapes.model import GUIDANCE_SCALE, STEPS
 from diffusers_concept_maps.visualize.figure import contact_sheet
@@ -26,17 +27,17 @@ def main() -> None:
         cli.main(["generate", "--out", folder])
         shutil.copyfile(Path(folder) / "contact_sheet.png", IMAGES / "contact_sheet.png")
     pipe = dcm.load_shapes_pipeline()
-    with dcm.trace(pipe, cli.DEFAULT_CONCEPTS, methods=METHODS) as maps:
+    with dcm.trace(pipe, generate.DEFAULT_CONCEPTS, methods=METHODS) as maps:
         frames = pipe(
-            cli.DEFAULT_PROMPT,
+            generate.DEFAULT_PROMPT,
             num_inference_steps=STEPS,
             guidance_scale=GUIDANCE_SCALE,
-            generator=torch.Generator().manual_seed(cli.DEFAULT_SEED),
+            generator=torch.Generator().manual_seed(generate.DEFAULT_SEED),
             max_sequence_length=TEXT_LENGTH,
         ).frames[0]
     for method in METHODS:
-        title = f"{cli.DEFAULT_PROMPT}  [{method}]"
-        sheet = contact_sheet(frames, maps.get(method)[0], cli.DEFAULT_CONCEPTS, title=title)
+        title = f"{generate.DEFAULT_PROMPT}  [{method}]"
+        sheet = contact_sheet(frames, maps.get(method)[0], generate.DEFAULT_CONCEPTS, title=title)
         write_image(IMAGES / f"{method}.png", sheet)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 
 import diffusers_concept_maps as dcm
 from diffusers_concept_maps import cli
+from diffusers_concept_maps.commands import _common, generate, load_commands
 from diffusers_concept_maps.maps import StoredMaps
 from diffusers_concept_maps.shapes.captions import TEXT_LENGTH
 from diffusers_concept_maps.shapes.model import GUIDANCE_SCALE
@@ -37,7 +39,7 @@ def names(folder: Path) -> set[str]:
 
 
 def test_default_run_writes_every_file(folder: Path) -> None:
-    overlays = {f"overlay_{i}_{concept}.mp4" for i, concept in enumerate(cli.DEFAULT_CONCEPTS)}
+    overlays = {f"overlay_{i}_{concept}.mp4" for i, concept in enumerate(generate.DEFAULT_CONCEPTS)}
     assert names(folder) == FILES | overlays
     for name in ("video.mp4", *overlays):
         count, _ = imageio_ffmpeg.count_frames_and_secs(str(folder / name))
@@ -49,16 +51,16 @@ def test_default_run_writes_every_file(folder: Path) -> None:
 def test_default_maps_are_those_of_trace(folder: Path) -> None:
     pipe = dcm.load_shapes_pipeline()
     pipe.set_progress_bar_config(disable=True)
-    with dcm.trace(pipe, cli.DEFAULT_CONCEPTS) as expected:
+    with dcm.trace(pipe, generate.DEFAULT_CONCEPTS) as expected:
         pipe(
-            cli.DEFAULT_PROMPT,
-            generator=torch.Generator().manual_seed(cli.DEFAULT_SEED),
+            generate.DEFAULT_PROMPT,
+            generator=torch.Generator().manual_seed(generate.DEFAULT_SEED),
             num_inference_steps=2,
             guidance_scale=GUIDANCE_SCALE,
             max_sequence_length=TEXT_LENGTH,
         )
     maps = dcm.load(folder / "maps.safetensors")
-    assert maps.concepts == cli.DEFAULT_CONCEPTS
+    assert maps.concepts == generate.DEFAULT_CONCEPTS
     assert torch.equal(maps.get(), expected.get())
 
 
@@ -120,7 +122,7 @@ def test_what_would_fail_in_the_end_fails_before_generating(
     def load(*arguments: Any) -> None:
         raise AssertionError("the pipeline is loaded")
 
-    monkeypatch.setattr(cli, "_load", load)
+    monkeypatch.setattr(generate, "load_pipeline", load)
     out = tmp_path / "out"
     if mistake == "out":
         out.write_text("a file", encoding="utf-8")
@@ -172,7 +174,7 @@ def test_other_files_in_the_folder_stay(tmp_path: Path) -> None:
     ],
 )
 def test_slug(text: str, expected: str) -> None:
-    assert cli.slug(text) == expected
+    assert _common.slug(text) == expected
 
 
 def test_concept_text_never_becomes_a_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -215,12 +217,23 @@ def test_info_of_what_is_no_file_of_maps(tmp_path: Path, capsys: pytest.CaptureF
         assert message in capsys.readouterr().err
 
 
+def test_every_command_is_a_file_and_every_file_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    files = sorted(path.stem for path in Path(generate.__file__).parent.glob("[!_]*.py"))
+    assert [command.__name__.rsplit(".", 1)[1] for command in load_commands()] == files
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--help"])
+    listed = re.findall(r"^    (\w+)  ", capsys.readouterr().out, re.MULTILINE)
+    assert listed == files
+
+
 def test_help_does_not_import_torch() -> None:
     script = (
         "import sys, contextlib\n"
         "from diffusers_concept_maps import cli\n"
-        "with contextlib.suppress(SystemExit):\n"
-        "    cli.main(['generate', '--help'])\n"
+        "from diffusers_concept_maps.commands import load_commands\n"
+        "for command in [[], *([module.__name__.rsplit('.', 1)[1]] for module in load_commands())]:\n"
+        "    with contextlib.suppress(SystemExit):\n"
+        "        cli.main([*command, '--help'])\n"
         "assert 'torch' not in sys.modules and 'diffusers' not in sys.modules\n"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
