@@ -37,9 +37,10 @@ class CaptureHandle(Attachment):
         sites: Mapping[Any, list[Site]],
         *,
         stops: bool = False,
+        notes: Mapping[str, Any] | None = None,
     ) -> None:
         """Attach to every transformer; whatever fails on the way, everything done so far is undone."""
-        metadata = _metadata(backbone, uncompiled(next(iter(sites))), plan)
+        metadata = _metadata(backbone, uncompiled(next(iter(sites))), plan) | dict(notes or {})
         self.maps = {
             branch: ConceptMaps(_BranchView(plan, recorder.results, branch, metadata), tuple(plan.methods))
             for branch in plan.branches
@@ -65,14 +66,21 @@ class CaptureHandle(Attachment):
 
 
 def attach(
-    pipe_or_transformer: Any, concepts: Sequence[str] | None = None, *, stops: bool = False, **options: Any
+    pipe_or_transformer: Any,
+    concepts: Sequence[str] | None = None,
+    *,
+    single_passes: bool = False,
+    notes: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> CaptureHandle:
     """Attach a capture; the arguments and their defaults are those of `trace`.
 
     Args:
         pipe_or_transformer: as for `trace`.
         concepts: likewise.
-        stops: passes end behind the deepest layer that is read, with `attachment.DeepestLayerReached`.
+        single_passes: every forward pass counts as a step, and ends behind the deepest layer that is read with
+            `attachment.DeepestLayerReached`.
+        notes: further entries of the metadata, JSON-compatible.
         **options: as for `trace`.
 
     Returns:
@@ -95,8 +103,10 @@ def attach(
     if plan.attention == "one_pass":
         for transformer in outer:
             check_one_pass(backbone, transformer)
-    recorder = Recorder(plan, backbone, sites, pipe)
-    return CaptureHandle(plan, recorder, backbone, dict(zip(outer, sites.values(), strict=True)), stops=stops)
+    recorder = Recorder(plan, backbone, sites, None if single_passes else pipe)
+    return CaptureHandle(
+        plan, recorder, backbone, dict(zip(outer, sites.values(), strict=True)), stops=single_passes, notes=notes
+    )
 
 
 @contextmanager

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from diffusers_concept_maps.errors import ConceptMapsValueError
 
 
-def check_level(level: object) -> float:
-    """A noise level as a number.
+def check_levels(noise_level: object) -> list[float]:
+    """Noise levels as numbers.
 
     Args:
-        level: fraction of the training schedule.
+        noise_level: fraction of the training schedule in (0, 1], or several.
 
     Raises:
-        ConceptMapsValueError: it is no number in (0, 1].
+        ConceptMapsValueError: there is none, or one is no such number.
     """
-    if isinstance(level, bool) or not isinstance(level, int | float) or not 0 < level <= 1:
-        raise ConceptMapsValueError(
-            f"noise_level is {level!r}; expected a fraction of the training schedule in (0, 1], such as 0.5"
-        )
-    return float(level)
+    several = isinstance(noise_level, Iterable) and not isinstance(noise_level, str | bytes)
+    levels = list(cast("Iterable[object]", noise_level)) if several else [noise_level]
+    for level in levels or [noise_level]:
+        if isinstance(level, bool) or not isinstance(level, int | float) or not 0 < level <= 1:
+            raise ConceptMapsValueError(
+                f"noise_level is {level!r}; expected a fraction of the training schedule in (0, 1], such as 0.5, or "
+                f"several of them"
+            )
+    return [float(cast(float, level)) for level in levels]
 
 
 def add_noise(scheduler: Any, clean: torch.Tensor, noise: torch.Tensor, level: float) -> torch.Tensor:

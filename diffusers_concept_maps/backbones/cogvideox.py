@@ -7,6 +7,7 @@ stream, by its channels or between blocks; the offset of image-to-video (`ofs`) 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import lcm
 from typing import Any, ClassVar, cast
 
 import torch
@@ -112,11 +113,11 @@ class CogVideoXBackbone(JoiningBackbone):
         }
 
     def clip_shape(self, pipe: Any) -> ClipShape:
-        """See `RealInput.clip_shape`."""
+        """See `RealInput.clip_shape`; whatever the model, its pipelines want multiples of 8."""
         config, factor = pipe.transformer.config, int(pipe.vae_scale_factor_spatial)
         step, area = int(pipe.vae_scale_factor_temporal), config.sample_height * config.sample_width * factor**2
         # Whatever the model was trained with, `sample_frames` is the number of frames; the pipelines take it so, too.
-        return ClipShape(factor * int(config.patch_size), area, int(config.sample_frames), step)
+        return ClipShape(lcm(8, factor * int(config.patch_size)), area, int(config.sample_frames), step)
 
     def real_arguments(self, pipe: Any) -> dict[str, Any]:
         """See `RealInput.real_arguments`; the sin-cos positions of a model are for one text length."""
