@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -23,7 +23,14 @@ class DeepestLayerReached(Exception):
 
 
 class Attachment:
-    """A listener that is attached to transformers until `remove` is called."""
+    """A listener that is attached to transformers until `remove` is called.
+
+    Attributes:
+        ends_first: a pass is over for it before it is for what was attached earlier, such as guidance, which runs
+            the blocks once more then.
+    """
+
+    ends_first: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -70,7 +77,7 @@ class Attachment:
         """Notice when a transformer, compiled or not, is called and when it is done."""
         if transformer._compiled_call_impl is None:
             self._hooks.append(transformer.register_forward_pre_hook(self._begin, with_kwargs=True))
-            self._hooks.append(transformer.register_forward_hook(self._end, always_call=True))
+            self._hooks.append(transformer.register_forward_hook(self._end, always_call=True, prepend=self.ends_first))
         else:
             call = FollowedCall(transformer, self._begin, transformer._compiled_call_impl, self._end)
             self._patch(transformer, "_compiled_call_impl", call)
@@ -174,18 +181,28 @@ def check_alike(backbone: Backbone, sites: Mapping[Any, list[Site]]) -> None:
             )
 
 
-def check_free(transformer: Any, sites: list[Site]) -> None:
-    """Raise unless every attention module can be captured and none is captured already."""
+def check_free(transformer: Any, sites: list[Site], slot: str = "recorder") -> None:
+    """Raise unless every attention module can be listened to and none is already.
+
+    Args:
+        transformer: the model.
+        sites: its layers.
+        slot: of the listener, see `PassListener.slot`.
+
+    Raises:
+        ConceptMapsError: something else is attached, or a processor cannot be replaced.
+    """
     for layer, site in enumerate(sites):
         for attention in (site.attention, *site.others):
-            _check_processor(transformer, layer, attention.processor)
+            _check_processor(transformer, layer, attention.processor, slot)
 
 
-def _check_processor(transformer: Any, layer: int, installed: Any) -> None:
+def _check_processor(transformer: Any, layer: int, installed: Any, slot: str) -> None:
     if isinstance(installed, ConceptProcessor):
-        if installed.recorder is not None:
+        if getattr(installed, slot) is not None:
+            what = "traced" if slot == "recorder" else "guided"
             raise ConceptMapsError(
-                f"this {type(transformer).__name__} is being traced already; leave the other `with` block first"
+                f"this {type(transformer).__name__} is being {what} already; leave the other `with` block first"
             )
         if installed.stock is None and not isinstance(installed, ConceptAttnProcessor):
             raise ConceptMapsError(f"layer {layer} holds {type(installed).__name__}, which shows no attention")

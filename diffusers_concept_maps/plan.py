@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from diffusers_concept_maps.crossing import check_crossing
 from diffusers_concept_maps.detail import check_axes
 from diffusers_concept_maps.errors import ConceptMapsValueError
 from diffusers_concept_maps.heads import HeadSelection
+from diffusers_concept_maps.indices import check_indices
 from diffusers_concept_maps.methods import SPACES, Method, Rules, find_method
 from diffusers_concept_maps.parity import TOKEN_POLICY, Parity, find_parity
 from diffusers_concept_maps.prompt import PromptTokens
@@ -190,7 +190,7 @@ def make_plan(
     model = _Model(len(backbone.sites(transformer)), backbone.heads(transformer), defaults, joint)
     count = None if names is None else len(names)
     methods = {name: _method_plan(name, request, count, parity, model) for name in method_names}
-    steps = defaults.steps if request.steps is None else _indices("step", request.steps, None)
+    steps = defaults.steps if request.steps is None else check_indices("step", request.steps, None)
     detail = check_axes(request.detail)
     embeds, policy = request.concept_embeds, None
     if embeds is None and prompt is None:
@@ -290,7 +290,7 @@ def _prompt_targets(
     positions = request.prompt_tokens
     if positions is not None:
         for word, tokens in positions.items():
-            _indices(f"token of {word!r}", tokens, None)
+            check_indices(f"token of {word!r}", tokens, None)
         concepts = list(positions) if concepts is None else concepts
     names = None if concepts is None else check_concepts(concepts)
     if positions is not None and names is not None and set(names) - set(positions):
@@ -311,22 +311,6 @@ def _check_methods(methods: Sequence[str]) -> Sequence[str]:
     return methods
 
 
-def _indices(what: str, indices: Iterable[int], count: int | None) -> frozenset[int]:
-    """Checked 0-based indices; `count` is None where only the run will tell."""
-    if not isinstance(indices, Iterable):
-        raise ConceptMapsValueError(f"{what}s is {indices!r}; expected a list such as [{indices!r}]")
-    given = list(indices)
-    if not given:
-        raise ConceptMapsValueError(f"no {what}s; pass at least one {what} index, or None for the default")
-    limit = "0 or more" if count is None else f"0 to {count - 1}"
-    for index in given:
-        if isinstance(index, bool) or not hasattr(index, "__index__"):
-            raise ConceptMapsValueError(f"{what} {index!r} is no index; expected an integer of {limit}")
-        if operator.index(index) < 0 or (count is not None and operator.index(index) >= count):
-            raise ConceptMapsValueError(f"{what} {index!r} is out of range; expected an integer of {limit}")
-    return frozenset(operator.index(index) for index in given)
-
-
 def _method_plan(
     name: str, request: Request, concepts: int | None, parity: Parity | None, model: _Model
 ) -> MethodPlan:
@@ -334,7 +318,7 @@ def _method_plan(
     if request.layers is None:
         layers = frozenset(model.preset.layers.get(name, range(model.depth)))
     else:
-        layers = _indices("layer", request.layers, model.depth)
+        layers = check_indices("layer", request.layers, model.depth)
     rules, normalize = _rules(method, request, concepts, parity, joint=model.joint)
     return MethodPlan(method, layers, _heads(method, request, model), rules, normalize == "softmax")
 
@@ -348,7 +332,7 @@ def _heads(method: Method, request: Request, model: _Model) -> HeadSelection | t
             return replace(default, top_k=min(default.top_k, model.head_count))
         return default
     if not isinstance(chosen, HeadSelection):
-        return tuple(sorted(_indices("head", chosen, model.head_count)))
+        return tuple(sorted(check_indices("head", chosen, model.head_count)))
     if chosen.top_k > model.head_count and chosen.threshold is None:
         raise ConceptMapsValueError(f"top_k is {chosen.top_k}; the model has {model.head_count} heads in a layer")
     return chosen

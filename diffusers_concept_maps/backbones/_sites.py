@@ -111,6 +111,8 @@ class Preset:
         layers: 0-based layers per method; methods not named use all layers.
         heads: heads per method; methods not named use their default.
         steps: fraction of the denoising schedule `(start, stop)`; whatever its length, at least one step is taken.
+        matching: layer in which frames are matched, None where none is known.
+        guidance: layers at which cross-attention guidance cuts, empty where none are known.
     """
 
     name: str
@@ -119,3 +121,5 @@ class Preset:
     layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     heads: Mapping[str, HeadSelection | tuple[int, ...]] = field(default_factory=dict)
     steps: tuple[float, float] = (0.0, 1.0)
+    matching: int | None = None
+    guidance: tuple[int, ...] = ()

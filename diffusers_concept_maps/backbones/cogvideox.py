@@ -19,7 +19,8 @@ from diffusers_concept_maps.heads import HeadSelection
 from diffusers_concept_maps.tokens import check_encoders, undisturbed, word_tokens
 
 _IMAP_SCRIPTS = (
-    "motion layers and top-5 heads of the scripts published with IMAP (arXiv 2603.02919); all steps, as there"
+    "motion layers and top-5 heads of the scripts published with IMAP (arXiv 2603.02919); all steps, as there; layers "
+    "of matching and guidance of those published with DiffTrack (arXiv 2506.17220)"
 )
 
 
@@ -45,6 +46,8 @@ class CogVideoXBackbone(JoiningBackbone):
             },
             layers={"imap": (4, 6, 7, *range(10, 24))},
             heads={"imap": HeadSelection(top_k=5)},
+            matching=17,
+            guidance=(13, 17, 21),
         ),
         Preset(
             name="CogVideoX-5b",
@@ -59,6 +62,8 @@ class CogVideoXBackbone(JoiningBackbone):
             },
             layers={"imap": (*range(1, 6), *range(7, 22), 23)},
             heads={"imap": HeadSelection(top_k=5)},
+            matching=17,
+            guidance=(15, 17, 18),
         ),
         Preset(
             name="the embedded model",

@@ -1,0 +1,342 @@
+"""Cross-attention guidance (DiffTrack, arXiv 2506.17220): away from frames that do not look at one another.
+
+Beside the model's own prediction, one is made in which, at some layers, image tokens attend to no other frame. The
+difference between the two, times a scale, is added to the conditional and the unconditional prediction alike, so that
+it goes through any guidance of the pipeline unchanged: `u + g (c - u)` becomes the same plus the difference.
+
+The model's own calls stay as they are. The second prediction starts from the states that these had in front of the
+first guided layer, and from the conditional rows alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from diffusers_concept_maps.attachment import Attachment, check_alike, check_free
+from diffusers_concept_maps.backbones import Backbone, Site, find_backbone, find_transformers
+from diffusers_concept_maps.compiled import is_compiled
+from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
+from diffusers_concept_maps.indices import check_indices
+from diffusers_concept_maps.listener import Announced, Pass, PassListener
+from diffusers_concept_maps.progress import Place
+
+MODES = ("zero", "renorm")
+"""What becomes of the attention to other frames: its probabilities are set to 0 ("zero"), as the official code does
+with classifier-free guidance, or those that are left are scaled to 1 again ("renorm"), as it does without."""
+
+
+@dataclass(frozen=True)
+class _Settings:
+    scale: float
+    layers: frozenset[int]
+    start: float
+    stop: float
+    mode: str
+
+
+class _Guide(PassListener[Pass]):
+    """Follows the model's own passes, and serves the attention of the second prediction.
+
+    Attributes:
+        perturbed: the pass of the second prediction while it runs.
+    """
+
+    slot: ClassVar[str] = "guide"
+    restricts = True
+
+    def __init__(
+        self, settings: _Settings, backbone: Backbone, sites: Mapping[nn.Module, list[Site]], pipe: Any
+    ) -> None:
+        super().__init__(backbone, sites, pipe, layers=settings.layers, branches=("cond", "uncond"))
+        self.perturbed: Pass | None = None
+        self._settings = settings
+
+    @property
+    def current(self) -> Pass | None:
+        """The pass that is followed."""
+        return self._pass
+
+    def includes(self, place: Place) -> bool:
+        assert place.steps is not None  # a pipeline's
+        return self._settings.start <= place.step / place.steps < self._settings.stop
+
+    def check(self, transformer: Any) -> None:
+        if getattr(transformer, "is_cache_enabled", False):
+            raise ConceptMapsError(
+                "a cache would keep states of the second prediction for the model's own; call disable_cache() on the "
+                "transformer to guide"
+            )
+        if getattr(transformer, "_parallel_config", None) is not None:
+            raise ConceptMapsError("guidance does not work with context parallelism; disable it on the transformer")
+
+    def open(self, announced: Announced, current: Pass, present: Mapping[str, slice], device: torch.device) -> Pass:
+        if current.grid.frames == 1:
+            raise ConceptMapsValueError(
+                "guidance is about attention between frames, and there is only one; generate a video"
+            )
+        return current
+
+    def hold(self, site: Site, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+        if self.perturbed is not None:
+            self.perturbed.arguments = arguments
+            return None
+        return super().hold(site, arguments)
+
+    def records(self, attention: nn.Module) -> bool:
+        return self.perturbed is not None and self._layer.get(attention, -1) in self._layers
+
+    def text_tokens(self, attention: nn.Module) -> int:
+        current, self._pass = self._pass, self.perturbed
+        try:
+            return super().text_tokens(attention)
+        finally:
+            self._pass = current
+
+    def observe(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is looked at."""
+
+    def restrict(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, text: slice, image: slice
+    ) -> torch.Tensor:
+        assert self.perturbed is not None  # `records` is True
+        grid, mode = self.perturbed.grid, self._settings.mode
+        start = (image.start or 0) + grid.start
+        return within_frames(
+            query, key, value, start=start, frames=grid.frames, size=grid.height * grid.width, mode=mode
+        )
+
+
+def within_frames(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, start: int, frames: int, size: int, mode: str
+) -> torch.Tensor:
+    """Attention in which the tokens of a frame see none of other frames; all other tokens see everything.
+
+    With `A` the keys that a token may see, "renorm" is its softmax attention to `A`, and "zero" that times
+    `exp(logsumexp_A - logsumexp_all)`: its softmax attention to all keys with the values outside of `A` set to 0,
+    which is how it is computed.
+
+    Args:
+        query: `[batch, H, S, D]`.
+        key: likewise.
+        value: likewise.
+        start: of the frames' tokens.
+        frames: their number.
+        size: tokens of a frame.
+        mode: one of `MODES`.
+
+    Returns:
+        `[batch, H, S, D]`.
+    """
+    output = torch.empty_like(value)
+    stop = start + frames * size
+    around = torch.ones(query.shape[2], dtype=torch.bool)
+    around[start:stop] = False
+    if around.any():
+        others = around.nonzero().flatten().to(query.device)
+        output[:, :, others] = functional.scaled_dot_product_attention(query[:, :, others], key, value)
+    kept = torch.cat([value[:, :, :start], torch.zeros_like(value[:, :, start:stop]), value[:, :, stop:]], dim=2)
+    for frame in range(frames):
+        own = slice(start + frame * size, start + (frame + 1) * size)
+        if mode == "zero":
+            kept[:, :, own] = value[:, :, own]
+            output[:, :, own] = functional.scaled_dot_product_attention(query[:, :, own], key, kept)
+            kept[:, :, own] = 0
+        else:
+            keys, values = (torch.cat([t[:, :, :start], t[:, :, own], t[:, :, stop:]], dim=2) for t in (key, value))
+            output[:, :, own] = functional.scaled_dot_product_attention(query[:, :, own], keys, values)
+    return output
+
+
+class _Guidance(Attachment):
+    """Guidance that is attached to transformers until `remove` is called."""
+
+    ends_first: ClassVar[bool] = False
+
+    def __init__(
+        self, settings: _Settings, guide: _Guide, backbone: Backbone, sites: Mapping[Any, list[Site]]
+    ) -> None:
+        self._settings = settings
+        self._guide = guide
+        self._sites = sites
+        self._states: dict[type, Any] = {}  # what the last block of each class in front of the guided layers returned
+        self._delta: tuple[int, torch.Tensor] | None = None  # of the conditional pass of a step, for the other one
+        super().__init__(guide, backbone, sites, deepest=max(settings.layers))
+        for own in sites.values():
+            last = {type(site.block): site.block for site in own[: min(settings.layers)]}
+            self._hooks += [block.register_forward_hook(self._keep) for block in last.values()]
+
+    def _keep(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._guide.current is not None:
+            self._states[type(block)] = output
+
+    def _end(self, transformer: Any, args: tuple[Any, ...], output: Any) -> Any:
+        current, call, states = self._guide.current, dict(self._call), self._states
+        self._states = {}
+        super()._end(transformer, args, output)
+        if output is None or current is None:
+            return None
+        sample = _first(output)
+        if "cond" in current.branches:
+            delta = self._difference(transformer, current, call, states, sample)
+            self._delta = current.step, delta
+        elif self._delta is not None and self._delta[0] == current.step:
+            delta, self._delta = self._delta[1], None
+        else:
+            raise ConceptMapsError(
+                f"step {current.step} has an unconditional pass without a conditional one before it; guidance needs "
+                f"both, in this order"
+            )
+        guided = sample.float()
+        for rows in current.branches.values():
+            guided[rows] += delta
+        return _with_first(output, guided.to(sample.dtype))
+
+    def _difference(
+        self, transformer: Any, current: Pass, call: dict[str, Any], states: Mapping[type, Any], sample: torch.Tensor
+    ) -> torch.Tensor:
+        """Scale times what the model predicts less the second prediction, float32, of the conditional rows."""
+        batch, rows = sample.shape[0], current.branches["cond"]
+        own = {name: _rows(value, batch, rows) for name, value in call.items()}
+        kept = {kind: _rows(state, batch, rows) for kind, state in states.items()}
+        blocks = [site.block for site in self._sites[transformer][: min(self._settings.layers)]]
+        self._guide.perturbed = Pass(transformer, own, current.step, slice(None), {}, current.grid)
+        try:
+            with _returning(blocks, kept):
+                perturbed = _first(type(transformer).forward(transformer, **own))
+        finally:
+            self._guide.perturbed = None
+        return self._settings.scale * (sample[rows].float() - perturbed.float())
+
+
+@contextmanager
+def _returning(blocks: list[nn.Module], states: Mapping[type, Any]) -> Iterator[None]:
+    """Within the context, blocks return what the last one of their class has returned before, and do not run."""
+    patched = [(block, block.__dict__.get("forward")) for block in blocks]
+    try:
+        for block in blocks:
+            block.__dict__["forward"] = _constant(states[type(block)])
+        yield
+    finally:
+        for block, forward in patched:
+            block.__dict__.pop("forward", None)
+            if forward is not None:
+                block.__dict__["forward"] = forward
+
+
+def _constant(value: Any) -> Any:
+    return lambda *args, **kwargs: value
+
+
+def _rows(value: Any, batch: int, rows: slice) -> Any:
+    """Rows of whatever has the batch as its first dimension; positions have none."""
+    if isinstance(value, torch.Tensor):
+        return value[rows] if value.ndim and value.shape[0] == batch else value
+    if isinstance(value, tuple | list):
+        return type(value)(_rows(item, batch, rows) for item in value)
+    if isinstance(value, dict):
+        return {name: _rows(item, batch, rows) for name, item in value.items()}
+    return value
+
+
+def _first(output: Any) -> torch.Tensor:
+    """The prediction in what a transformer returns."""
+    sample: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
+    return sample
+
+
+def _with_first(output: Any, sample: torch.Tensor) -> Any:
+    """The same output with another prediction."""
+    if isinstance(output, tuple):
+        return (sample, *output[1:])
+    return type(output)(**{**output, next(iter(output)): sample})
+
+
+@contextmanager
+def cross_attention_guidance(
+    pipe: Any,
+    scale: float = 1.0,
+    *,
+    layers: Iterable[int] | None = None,
+    start: float = 0.0,
+    stop: float = 1.0,
+    mode: str = "zero",
+) -> Iterator[None]:
+    """Guide generation toward frames that look at one another (DiffTrack, arXiv 2506.17220, section 5).
+
+    Prediction: `e + scale * (e_cond - e_cut)`, for both guidance branches, where `e_cut` is made with the attention
+    to other frames cut at some layers. It costs the layers from the first of these on once more, for the conditional
+    rows. It can be used together with `trace`, whose maps stay those of the model's own passes.
+
+    Args:
+        pipe: a video pipeline whose transformer is one of `supported()`.
+        scale: of the difference; at 0 the frames are those of the pipeline alone, bit for bit.
+        layers: 0-based layers at which attention is cut; None is the checkpoint's preset.
+        start: fraction of the steps at which guidance starts.
+        stop: fraction at which it ends.
+        mode: "zero" or "renorm", see `MODES`.
+
+    Raises:
+        ConceptMapsError: the pipeline cannot be guided, or an argument is wrong; nothing has been changed then.
+
+    Example:
+        >>> with dcm.cross_attention_guidance(pipe, 1.0, layers=[13, 17, 21]):
+        ...     video = pipe("a dog running on the beach").frames[0]
+    """
+    transformers = find_transformers(pipe)
+    backbone = find_backbone(transformers[0])
+    sites = {transformer: find_backbone(transformer).matching_sites(transformer) for transformer in transformers}
+    given = {"scale": scale, "layers": layers, "start": start, "stop": stop, "mode": mode}
+    settings = _check(pipe, backbone, transformers, sites, given)
+    if not settings.scale:
+        yield
+        return
+    guidance = _Guidance(settings, _Guide(settings, backbone, sites, pipe), backbone, sites)
+    try:
+        yield
+    finally:
+        guidance.remove()
+
+
+def _check(
+    pipe: Any,
+    backbone: Backbone,
+    transformers: list[Any],
+    sites: Mapping[Any, list[Site]],
+    settings: Mapping[str, Any],
+) -> _Settings:
+    """The settings, checked against the pipeline.
+
+    Raises:
+        ConceptMapsError: the pipeline cannot be guided, or an argument is wrong.
+    """
+    if transformers[0] is pipe:
+        raise ConceptMapsError(f"guidance follows a pipeline, not a bare {type(pipe).__name__}; pass the pipeline")
+    scale, start, stop, mode = (settings[name] for name in ("scale", "start", "stop", "mode"))
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise ConceptMapsValueError(f"scale is {scale!r}; expected a number, such as 1.0")
+    if not 0 <= start < stop <= 1:
+        raise ConceptMapsValueError(f"guidance from {start} to {stop}; expected fractions 0 <= start < stop <= 1")
+    if mode not in MODES:
+        raise ConceptMapsValueError(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}")
+    check_alike(backbone, sites)
+    preset = backbone.preset(transformers[0])
+    layers = settings["layers"]
+    if layers is None:
+        layers = preset.guidance if preset is not None else ()
+        if not layers:
+            raise ConceptMapsValueError(
+                "no layers are known to be good for guiding this checkpoint; name some of the middle in layers="
+            )
+    for transformer, own in sites.items():
+        check_free(transformer, own, _Guide.slot)
+        if any(is_compiled(module) for module in transformer.modules()):
+            raise ConceptMapsError("guidance cannot change what torch.compile has compiled; guide it uncompiled")
+    return _Settings(float(scale), check_indices("layer", layers, len(sites[transformers[0]])), start, stop, mode)
