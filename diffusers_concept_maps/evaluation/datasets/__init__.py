@@ -6,6 +6,7 @@ import importlib
 import inspect
 import os
 import pkgutil
+from collections.abc import Callable
 from typing import Any
 
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
@@ -48,7 +49,8 @@ def open_dataset(name: str, root: str | os.PathLike[str], **options: Any) -> Dat
     unknown = [option for option in options if option not in known]
     if unknown:
         raise ConceptMapsValueError(f"{name} has no option {', '.join(unknown)}; expected some of {', '.join(known)}")
-    return reader(root, **options)
+    make: Callable[..., Dataset[Any]] = reader
+    return make(root, **options)
 
 
 def _readers() -> dict[str, type[Dataset[Any]]]:

@@ -26,7 +26,8 @@ class Sample:
         name: unique in its data set, and the same on every machine: result files name it.
         frames: uint8 `[frame, 3, height, width]`, RGB; an image has one frame.
         labels: int64 `[frame, height, width]`; a pixel of label i shows `classes[i]`; -1 is ignored.
-        classes: `"background"`, then the classes that are in this sample; numbers differ between samples, names do not.
+        classes: `"background"`, then the classes that are in this sample: numbers differ between samples, and names do
+            not.
         caption: what to tell the model of it, e.g. "a dog".
 
     Raises:

@@ -16,7 +16,8 @@ import torch
 
 from diffusers_concept_maps.errors import ConceptMapsError
 
-_RESTORE = "fetch or unpack the data set again"
+RESTORE = "fetch or unpack the data set again"
+"""What to do about a file that is missing or broken."""
 
 
 def require(module: str) -> ModuleType:
@@ -71,17 +72,15 @@ def below(folder: Path, *names: str, listed_in: Path) -> Path:
         if not path.parts or path.anchor or ".." in path.parts or "\0" in name:
             raise ConceptMapsError(
                 f"{str(listed_in)!r} names {name!r}; expected a relative name below its own folder, without '..': "
-                + _RESTORE
+                + RESTORE
             )
     return folder.joinpath(*names)
 
 
 def _broken(path: Path, expected: str, error: Exception) -> ConceptMapsError:
     if not path.exists():
-        return ConceptMapsError(f"there is no {str(path)!r}; expected {expected}: {_RESTORE}")
-    return ConceptMapsError(
-        f"{str(path)!r} cannot be read as {expected} ({type(error).__name__}: {error}); {_RESTORE}"
-    )
+        return ConceptMapsError(f"there is no {str(path)!r}; expected {expected}: {RESTORE}")
+    return ConceptMapsError(f"{str(path)!r} cannot be read as {expected} ({type(error).__name__}: {error}); {RESTORE}")
 
 
 def read_lines(path: Path) -> list[str]:
@@ -96,7 +95,7 @@ def read_lines(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise _broken(path, expected, error) from error
     if not any(lines):
-        raise ConceptMapsError(f"{str(path)!r} is empty; expected {expected}: {_RESTORE}")
+        raise ConceptMapsError(f"{str(path)!r} is empty; expected {expected}: {RESTORE}")
     return [line for line in lines if line]
 
 
@@ -112,7 +111,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise _broken(path, "JSON", error) from error
     if not isinstance(content, dict):
         raise ConceptMapsError(
-            f"{str(path)!r} holds a JSON {type(content).__name__}; expected an object with names: {_RESTORE}"
+            f"{str(path)!r} holds a JSON {type(content).__name__}; expected an object with names: {RESTORE}"
         )
     return content
 
@@ -142,7 +141,7 @@ def read_values(path: Path) -> torch.Tensor:
     if values.ndim != 2:
         raise ConceptMapsError(
             f"{str(path)!r} is an image of {values.shape[-1]} channels; expected a palette or gray image whose values "
-            f"are labels: {_RESTORE}"
+            f"are labels: {RESTORE}"
         )
     return torch.from_numpy(values).long()
 
@@ -165,7 +164,7 @@ def frame_files(folder: Path) -> dict[str, Path]:
     """
     files = sorted(path for path in folder.glob("*.jpg") if not path.name.startswith("."))
     if not files:
-        raise ConceptMapsError(f"{str(folder)!r} has no frames; expected the *.jpg files of a video: {_RESTORE}")
+        raise ConceptMapsError(f"{str(folder)!r} has no frames; expected the *.jpg files of a video: {RESTORE}")
     return {path.stem: path for path in files}
 
 
@@ -180,9 +179,9 @@ def frame_pairs(frame_folder: Path, label_folder: Path) -> list[tuple[Path, Path
     unpaired = sorted(frames.keys() ^ labels.keys())
     if unpaired:
         raise ConceptMapsError(
-            f"{str(frame_folder)!r} has {len(frames)} frames and {str(label_folder)!r} {len(labels)} label images, and "
-            f"{unpaired[0]!r} is in one of them only; expected a label image for each frame: {_RESTORE}, or take a "
-            "split whose segmentations are published"
+            f"{str(frame_folder)!r} has {len(frames)} frames and {str(label_folder)!r} {len(labels)} label images, "
+            f"and {unpaired[0]!r} is in one of them only; expected a label image for each frame: {RESTORE}, or take "
+            "a split whose segmentations are published"
         )
     return [(path, labels[stem]) for stem, path in frames.items()]
 
@@ -197,6 +196,6 @@ def stack(frames: list[torch.Tensor], paths: Sequence[Path]) -> torch.Tensor:
         if frame.shape != frames[0].shape:
             raise ConceptMapsError(
                 f"{str(path)!r} has height and width {list(frame.shape[-2:])} where {str(paths[0])!r} has "
-                f"{list(frames[0].shape[-2:])}; expected one size in a video: {_RESTORE}"
+                f"{list(frames[0].shape[-2:])}; expected one size in a video: {RESTORE}"
             )
     return torch.stack(frames)

@@ -15,8 +15,8 @@ def decode_mask(encoded: Any, height: int, width: int) -> torch.Tensor:
     """Decode a mask.
 
     Args:
-        encoded: `{"size": [height, width], "counts": ...}`; the counts are lengths of runs of 0 and 1 in turn, down the
-            columns, as a list or as COCO's compressed string.
+        encoded: `{"size": [height, width], "counts": ...}`; the counts are lengths of runs of 0 and 1 in turn, down
+            the columns, as a list or as COCO's compressed string.
         height: of the frame it belongs to, in pixels.
         width: of the frame it belongs to, in pixels.
 

@@ -1,4 +1,7 @@
-"""DAVIS, densely annotated video segmentation (2016: Perazzi et al., CVPR; 2017: Pont-Tuset et al., arXiv 1704.00675)."""
+"""DAVIS, densely annotated video segmentation.
+
+2016: Perazzi et al., CVPR 2016. 2017: Pont-Tuset et al., https://arxiv.org/abs/1704.00675.
+"""
 
 from __future__ import annotations
 
@@ -40,9 +43,10 @@ class Davis2017(Dataset[str]):
     Args:
         root: the folder `DAVIS`, or the one with it.
         split: `"train"`, `"val"` or `"trainval"`.
-        categories: a JSON file that says what the objects are, `{"bike-packing": {"1": "bicycle", "2": "person"}}`, such as
-            the authors' `davis_semantics.json`, whose numbers are those of the folder `Annotations_unsupervised`; objects
-            of one name are one class. None: "object 1", "object 2" and so on, with the sequence's name as caption.
+        categories: a JSON file that says what the objects are, `{"bike-packing": {"1": "bicycle", "2": "person"}}`, as
+            the authors' `davis_semantics.json`, whose numbers are those of the folder `Annotations_unsupervised`;
+            objects of one name are one class. None: "object 1", "object 2" and so on, and the sequence's name as
+            caption.
         annotations: the folder of the segmentations, `"Annotations"` or `"Annotations_unsupervised"`.
         max_frames: the most frames to take of a sequence; None for all.
         stride: take every stride-th frame; None spreads `max_frames` evenly over the sequence.

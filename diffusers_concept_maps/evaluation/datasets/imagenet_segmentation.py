@@ -1,7 +1,7 @@
 """ImageNet-Segmentation: 4276 images of ImageNet, each with a mask of its object.
 
-Guillaumin, Küttel and Ferrari, "ImageNet Auto-Annotation with Segmentation Propagation", IJCV 2014; in use for heat maps
-since Chefer et al. (https://arxiv.org/abs/2012.09838).
+Guillaumin, Küttel and Ferrari, "ImageNet Auto-Annotation with Segmentation Propagation", IJCV 2014; heat maps are
+scored on it since Chefer et al. (https://arxiv.org/abs/2012.09838).
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ _SYNSET = re.compile(r"(n\d{8})[\t ]+(.+)")
 class ImageNetSegmentation(Dataset[int]):
     """Reader of `gtsegs_ijcv.mat`, a MATLAB 7.3 (HDF5) file.
 
-    The file names the synset of an image (as in "n02084071_1234") and no class, so the root holds one of `words.txt` and
-    `LOC_synset_mapping.txt` (lines "n02084071 dog, domestic dog") or `imagenet_class_index.json`
-    (`{"0": ["n01440764", "tench"]}`) as well. The first serves best: some of the synsets are not among the thousand that
-    the others name. The class is the first name there. The ConceptAttention evaluation shortens names further; with its
-    `imagenet_class_map.json` (`{"categories": {"domestic dog": "dog"}}`) in the root, so does this reader.
+    The file gives the synset of an image (as in "n02084071_1234") and no name of it, so the root holds one of
+    `words.txt`, `LOC_synset_mapping.txt` (lines "n02084071 dog, domestic dog") and `imagenet_class_index.json`
+    (`{"0": ["n01440764", "tench"]}`) as well; the first of them that is there is used. `words.txt` serves best: the
+    others name a thousand synsets only. The class is the first name of the synset. The ConceptAttention evaluation
+    then replaces names by shorter ones, and with its `imagenet_class_map.json`
+    (`{"categories": {"domestic cat": "cat"}}`) in the root, so does this reader.
 
     Args:
         root: the folder of these files.
@@ -77,8 +78,8 @@ class ImageNetSegmentation(Dataset[int]):
         synset = identifier.partition("_")[0]
         if synset not in self._classes:
             raise ConceptMapsError(
-                f"no class name for the synset {synset!r} of {str(self._path)!r}; put the complete words.txt of ImageNet "
-                "(lines of a synset, a tab and its names) beside it"
+                f"no class name for the synset {synset!r} of {str(self._path)!r}; put the complete words.txt of "
+                "ImageNet (lines of a synset, a tab and its names) beside it"
             )
         class_name = self._classes[synset]
         if self._short_names is None:
@@ -130,8 +131,8 @@ def _class_names(folder: Path) -> dict[str, str]:
     path = folder / "imagenet_class_index.json"
     if not path.exists():
         raise ConceptMapsError(
-            f"{str(folder)!r} has no class names; put words.txt of ImageNet there (lines of a synset, a tab and its names), "
-            "or LOC_synset_mapping.txt, or imagenet_class_index.json, which name fewer classes"
+            f"{str(folder)!r} has no class names; put words.txt of ImageNet there (lines of a synset, a tab and its "
+            "names), or LOC_synset_mapping.txt, or imagenet_class_index.json, which name fewer classes"
         )
     try:
         return {synset: class_name.replace("_", " ") for synset, class_name in read_json(path).values()}

@@ -1,4 +1,4 @@
-"""MeViS: videos, expressions of motion and masks of the objects they mean (Ding et al., ICCV 2023, arXiv 2308.08544)."""
+"""MeViS: videos, expressions of motion, and masks of what they mean (Ding et al., https://arxiv.org/abs/2308.08544)."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ from diffusers_concept_maps.evaluation.datasets._base import (
     check_split,
     choose_frames,
 )
-from diffusers_concept_maps.evaluation.datasets._files import below, locate, read_image, read_json, stack
+from diffusers_concept_maps.evaluation.datasets._files import RESTORE, below, locate, read_image, read_json, stack
 from diffusers_concept_maps.evaluation.datasets._rle import decode_mask
 
 EXPRESSIONS, MASKS = "meta_expressions.json", "mask_dict.json"
 SPLITS = ("valid_u", "train", "valid")
-_RESTORE = "fetch or unpack the data set again"
 _NEXT, _COLON, _END = re.compile(r"\s*[{,]\s*"), re.compile(r"\s*:\s*"), re.compile(r"\s*\}")
 
 
@@ -67,8 +66,8 @@ class MeViS(Dataset[_Expression]):
         self._folder = locate(root, f"{split}/{EXPRESSIONS}", ("mevis", "MeViS", "MeViS_release")) / split
         if not (self._folder / MASKS).exists():
             raise ConceptMapsError(
-                f"{str(self._folder)!r} has no {MASKS}, so nothing can be scored; the masks of valid are not published: "
-                "take valid_u, or train, with its mask file"
+                f"{str(self._folder)!r} has no {MASKS}, so nothing can be scored; the masks of valid are not "
+                "published: take valid_u, or train, with its mask file"
             )
         self._max_frames, self._stride = max_frames, stride
         self._entries = _expressions(self._folder / EXPRESSIONS)
@@ -95,7 +94,7 @@ class MeViS(Dataset[_Expression]):
         path = self._folder / MASKS
         if mask not in self._places:
             raise ConceptMapsError(
-                f"{str(path)!r} has no masks {mask!r}, which an expression in {EXPRESSIONS} names; {_RESTORE}"
+                f"{str(path)!r} has no masks {mask!r}, which an expression in {EXPRESSIONS} names; {RESTORE}"
             )
         start, end = self._places[mask]
         with path.open("rb") as file:
@@ -104,7 +103,8 @@ class MeViS(Dataset[_Expression]):
         if not isinstance(encoded, list) or len(encoded) != frames:
             found = len(encoded) if isinstance(encoded, list) else f"a {type(encoded).__name__}"
             raise ConceptMapsError(
-                f"{str(path)!r} has {found} masks {mask!r} for a video of {frames} frames; expected one for each: {_RESTORE}"
+                f"{str(path)!r} has {found} masks {mask!r} for a video of {frames} frames; expected one for each: "
+                + RESTORE
             )
         return encoded
 
@@ -113,7 +113,7 @@ class MeViS(Dataset[_Expression]):
             return decode_mask(encoded, *size)
         except (ValueError, TypeError) as error:
             raise ConceptMapsError(
-                f"mask {mask!r} of frame {index} in {str(self._folder / MASKS)!r} is broken: {error}; {_RESTORE}"
+                f"mask {mask!r} of frame {index} in {str(self._folder / MASKS)!r} is broken: {error}; {RESTORE}"
             ) from error
 
 
@@ -126,15 +126,16 @@ def _expressions(path: Path) -> dict[str, _Expression]:
     try:
         for video, content in read_json(path)["videos"].items():
             frames = tuple(sorted(content["frames"]))
+            if not frames:
+                raise ConceptMapsError(f"{str(path)!r} lists no frames of video {video!r}; {RESTORE}")
             for number, expression in content["expressions"].items():
                 text = " ".join(expression["exp"].split())
-                # A split whose masks are not published has no such numbers.
                 masks = tuple(str(mask) for mask in expression["anno_id"])
                 found[f"{video}_{number}"] = _Expression(video, frames, text, masks)
     except (AttributeError, KeyError, TypeError) as error:
         raise ConceptMapsError(
-            f'{str(path)!r} is not what was expected: {{"videos": {{VIDEO: {{"frames": [...], "expressions": {{NUMBER: '
-            f'{{"exp": ..., "anno_id": [...]}}}}}}}}}} ({type(error).__name__}: {error}); {_RESTORE}'
+            f'{str(path)!r} is not what was expected: {{"videos": {{VIDEO: {{"frames": [...], "expressions": '
+            f'{{NUMBER: {{"exp": ..., "anno_id": [...]}}}}}}}}}} ({type(error).__name__}: {error}); {RESTORE}'
         ) from error
     return found
 
@@ -144,20 +145,20 @@ def _find_members(path: Path) -> dict[str, tuple[int, int]]:
 
     The masks of the train split take gigabytes as Python objects; their places take a few bytes each.
     """
-    # One character per byte, whatever the text.
-    text = path.read_bytes().decode("latin-1")
     decoder = json.JSONDecoder()
     places: dict[str, tuple[int, int]] = {}
     position = 0
     try:
+        # One character per byte, whatever the text.
+        text = path.read_bytes().decode("latin-1")
         while not _END.match(text, position):
             key, position = decoder.raw_decode(text, _after(_NEXT, text, position))
             start = _after(_COLON, text, position)
             _, position = decoder.raw_decode(text, start)
             places[str(key)] = (start, position)
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConceptMapsError(
-            f"{str(path)!r} cannot be read as a JSON object of masks ({type(error).__name__}: {error}); {_RESTORE}"
+            f"{str(path)!r} cannot be read as a JSON object of masks ({type(error).__name__}: {error}); {RESTORE}"
         ) from error
     return places
 

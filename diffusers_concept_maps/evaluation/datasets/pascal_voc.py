@@ -18,18 +18,29 @@ from diffusers_concept_maps.evaluation.datasets._base import (
 )
 from diffusers_concept_maps.evaluation.datasets._files import below, locate, read_image, read_lines, read_values
 
-NAMES = tuple(
-    "aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,dining table,dog,horse,motorbike,person,potted plant,sheep,"
-    "sofa,train,tv monitor".split(",")
-)
-"""The classes of the values 1 to 20, as words."""
-
-SHORT_NAMES = tuple(
-    "plane,bike,bird,boat,bottle,bus,car,cat,chair,cow,table,dog,horse,motorcycle,person,pot,sheep,sofa,train,monitor".split(
-        ","
-    )
-)
-"""The same, each of one token of T5, with which reproductions of the ConceptAttention evaluation ask for them."""
+NAMES = {
+    "aeroplane": "plane",
+    "bicycle": "bike",
+    "bird": "bird",
+    "boat": "boat",
+    "bottle": "bottle",
+    "bus": "bus",
+    "car": "car",
+    "cat": "cat",
+    "chair": "chair",
+    "cow": "cow",
+    "dining table": "table",
+    "dog": "dog",
+    "horse": "horse",
+    "motorbike": "motorcycle",
+    "person": "person",
+    "potted plant": "pot",
+    "sheep": "sheep",
+    "sofa": "sofa",
+    "train": "train",
+    "tv monitor": "monitor",
+}
+"""The classes of the values 1 to 20 as words, each with a single word that ConceptAttention's scores can be asked by."""
 
 SPLITS = ("train", "val", "trainval")
 _VOID = 255
@@ -41,7 +52,7 @@ class PascalVOC(Dataset[str]):
     Args:
         root: the folder with `VOCdevkit/VOC2012`, or that one itself.
         split: `"train"`, `"val"` or `"trainval"`.
-        short_names: whether classes are named by `SHORT_NAMES`.
+        short_names: whether each class is named by a single word, as in `NAMES`: "plane" for "aeroplane".
 
     Raises:
         ConceptMapsValueError: there is no such split.
@@ -54,7 +65,7 @@ class PascalVOC(Dataset[str]):
     def __init__(self, root: str | os.PathLike[str], split: str = "val", short_names: bool = False) -> None:
         check_split(self.name, split, SPLITS)
         self._folder = locate(root, "ImageSets/Segmentation", ("VOC2012", "VOCdevkit/VOC2012"))
-        self._class_names = dict(enumerate(SHORT_NAMES if short_names else NAMES, start=1))
+        self._class_names = dict(enumerate(NAMES.values() if short_names else NAMES, start=1))
         self._list = self._folder / "ImageSets" / "Segmentation" / f"{split}.txt"
         self._entries = {name: name for name in read_lines(self._list)}
 
@@ -85,7 +96,7 @@ class PascalVOCSingleClass(PascalVOC):
     Args:
         root: the folder with `VOCdevkit/VOC2012`, or that one itself.
         split: `"train"`, `"val"` or `"trainval"`.
-        short_names: whether classes are named by `SHORT_NAMES`.
+        short_names: whether each class is named by a single word, as in `NAMES`: "plane" for "aeroplane".
 
     Raises:
         ConceptMapsValueError: there is no such split.

@@ -16,6 +16,7 @@ from diffusers_concept_maps.evaluation.datasets._base import (
     compact,
 )
 from diffusers_concept_maps.evaluation.datasets._files import (
+    RESTORE,
     below,
     frame_pairs,
     locate,
@@ -72,8 +73,7 @@ class VSPW(Dataset[str]):
             return {int(value): name.replace("_", " ") for name, value in read_json(path).items()}
         except (TypeError, ValueError) as error:
             raise ConceptMapsError(
-                f'{str(path)!r} is not what was expected: {{"others": "0", "wall": "1", ...}} ({error}); fetch or unpack '
-                "the data set again"
+                f'{str(path)!r} is not what was expected: {{"others": "0", "wall": "1", ...}} ({error}); {RESTORE}'
             ) from error
 
     def _read(self, name: str, entry: str) -> Sample:
