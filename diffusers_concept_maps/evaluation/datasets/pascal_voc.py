@@ -40,7 +40,7 @@ NAMES = {
     "train": "train",
     "tv monitor": "monitor",
 }
-"""The classes of the values 1 to 20 as words, each with a single word that ConceptAttention's scores can be asked by."""
+"""The classes of the values 1 to 20 as words, each with a single word to ask for it as ConceptAttention's scores do."""
 
 SPLITS = ("train", "val", "trainval")
 _VOID = 255
