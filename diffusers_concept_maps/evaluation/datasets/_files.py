@@ -146,6 +146,20 @@ def read_values(path: Path) -> torch.Tensor:
     return torch.from_numpy(values).long()
 
 
+def read_mask(path: Path) -> torch.Tensor:
+    """A mask of one object or several, which shows them in any value or color but 0 or black.
+
+    Returns:
+        bool `[height, width]`.
+
+    Raises:
+        ConceptMapsError: the file is missing, truncated, or no image.
+    """
+    pixels = _pixels(path, "a mask", None)
+    # A fourth channel is opacity.
+    return torch.from_numpy(pixels[..., :3].any(axis=-1) if pixels.ndim == 3 else pixels != 0)
+
+
 def _pixels(path: Path, expected: str, mode: str | None) -> np.ndarray[Any, Any]:
     image_module = require("PIL.Image")
     errors = (OSError, ValueError, SyntaxError, EOFError, struct.error, image_module.DecompressionBombError)

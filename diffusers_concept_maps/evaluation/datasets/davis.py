@@ -29,6 +29,7 @@ from diffusers_concept_maps.evaluation.datasets._files import (
     read_image,
     read_json,
     read_lines,
+    read_mask,
     read_values,
     stack,
 )
@@ -139,8 +140,8 @@ class Davis2016(Davis2017):
     _lists: ClassVar[tuple[str, ...]] = ("ImageSets/2016", "ImageSets/480p")
 
     def _values(self, path: Path) -> torch.Tensor:
-        # The 2016 archive has white objects, the 2017 archive an own color for each; neither has ignored pixels.
-        return (read_image(path).amax(dim=0) > 0).long()
+        # Objects are 255 in the 2016 archive, and numbered in the 2017 archive; neither has ignored pixels.
+        return read_mask(path).long()
 
     def _class_names(self, sequence: str, values: torch.Tensor) -> dict[int, str]:
         if self._categories is None:

@@ -40,7 +40,7 @@ NAMES = {
     "train": "train",
     "tv monitor": "monitor",
 }
-"""The classes of the values 1 to 20 as words, each with a single word to ask for it as ConceptAttention's scores do."""
+"""The classes of the values 1 to 20 as words, and each in a single word, as ConceptAttention's scores ask for it."""
 
 SPLITS = ("train", "val", "trainval")
 _VOID = 255

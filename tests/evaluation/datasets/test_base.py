@@ -56,22 +56,26 @@ def test_a_file_beside_the_readers_adds_a_data_set(
     assert open_dataset("added", voc).names() == ("b", "a")
 
 
-def test_two_data_sets_of_one_name(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_data_sets_of_one_name(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path_factory.mktemp("readers")
     (folder / "second_reader.py").write_text(READER.format(name="vspw"))
     monkeypatch.setattr(datasets, "__path__", [*datasets.__path__, str(folder)])
-    with pytest.raises(ConceptMapsError, match="VSPW and Other are both named 'vspw'; rename one|Other and VSPW are both"):
+    with pytest.raises(
+        ConceptMapsError, match="VSPW and Other are both named 'vspw'; rename one|Other and VSPW are both"
+    ):
         dataset_names()
 
 
 def test_unknown_names(voc: Path) -> None:
     with pytest.raises(ConceptMapsValueError, match="no data set 'voc'; expected one of davis-2016, .*, vspw"):
         open_dataset("voc", voc)
-    with pytest.raises(ConceptMapsValueError, match="pascal-voc has no option stride; expected some of split, short_na"):
+    with pytest.raises(
+        ConceptMapsValueError, match="pascal-voc has no option stride; expected some of split, short_na"
+    ):
         open_dataset("pascal-voc", voc, stride=2)
-    with pytest.raises(ConceptMapsValueError, match="pascal-voc has no split 'test'; expected one of train, val, trainv"):
+    with pytest.raises(
+        ConceptMapsValueError, match="pascal-voc has no split 'test'; expected one of train, val, trainv"
+    ):
         open_dataset("pascal-voc", voc, split="test")
     with pytest.raises(ConceptMapsValueError, match=r"no sample 'c'; expected one of its 2 names\(\), such as 'b'"):
         open_dataset("pascal-voc", voc).read("c")

@@ -20,6 +20,7 @@ from diffusers_concept_maps.evaluation.datasets._files import (
     read_image,
     read_json,
     read_lines,
+    read_mask,
     read_values,
     require,
     stack,
@@ -42,7 +43,9 @@ def test_root_or_folder_in_it(tmp_path: Path) -> None:
     (tmp_path / "devkit" / "sets").mkdir(parents=True)
     assert locate(tmp_path / "devkit", "sets") == tmp_path / "devkit"
     assert locate(str(tmp_path), "sets", ("other", "devkit")) == tmp_path / "devkit"
-    with pytest.raises(ConceptMapsError, match="is not the root of this data set: expected 'sets' in it, or in other or"):
+    with pytest.raises(
+        ConceptMapsError, match="is not the root of this data set: expected 'sets' in it, or in other or"
+    ):
         locate(tmp_path, "sets", ("other", "another"))
     with pytest.raises(ConceptMapsError, match="expected 'sets' in it; unpack the data set there, or name the folder"):
         locate(tmp_path, "sets")
@@ -50,7 +53,9 @@ def test_root_or_folder_in_it(tmp_path: Path) -> None:
 
 def test_lines(tmp_path: Path) -> None:
     path = tmp_path / "val.txt"
-    with pytest.raises(ConceptMapsError, match=r"there is no '.*val\.txt'; expected a list with one name per line: fetch"):
+    with pytest.raises(
+        ConceptMapsError, match=r"there is no '.*val\.txt'; expected a list with one name per line: fetch"
+    ):
         read_lines(path)
     path.write_bytes(b"one\r\n\n two \n")
     assert read_lines(path) == ["one", "two"]
@@ -72,7 +77,9 @@ def test_json(tmp_path: Path) -> None:
     with pytest.raises(ConceptMapsError, match=r"meta\.json' cannot be read as JSON \(JSONDecodeError"):
         read_json(path)
     path.write_text("[" * 100_000)
-    with pytest.raises(ConceptMapsError, match=r"meta\.json' cannot be read as JSON \((RecursionError|JSONDecodeError)"):
+    with pytest.raises(
+        ConceptMapsError, match=r"meta\.json' cannot be read as JSON \((RecursionError|JSONDecodeError)"
+    ):
         read_json(path)
     path.write_text("[1]")
     with pytest.raises(ConceptMapsError, match="holds a JSON list; expected an object with names"):
@@ -100,6 +107,20 @@ def test_palette_and_gray_values(tmp_path: Path) -> None:
         assert read.tolist() == values.tolist()
 
 
+def test_masks_in_values_and_colors(tmp_path: Path) -> None:
+    values = blocks(0, 1, 255, 0)
+    for palette in (True, False):
+        write_values(tmp_path / "a.png", values, palette)
+        assert read_mask(tmp_path / "a.png").tolist() == (values > 0).tolist()
+    opaque = np.stack([0 * values, values, 0 * values, 0 * values + 255], axis=-1).astype(np.uint8)
+    for channels in (3, 4):
+        Image.fromarray(opaque[..., :channels]).save(tmp_path / "a.png")
+        assert read_mask(tmp_path / "a.png").tolist() == (values > 0).tolist()
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(ConceptMapsError, match=r"a\.png' cannot be read as a mask"):
+        read_mask(tmp_path / "a.png")
+
+
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
 def test_broken_images(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"a.{suffix}"
@@ -117,7 +138,9 @@ def test_broken_images(suffix: str, tmp_path: Path) -> None:
 
 def test_colors_are_no_labels(tmp_path: Path) -> None:
     write_frame(tmp_path / "a.png", seed=0)
-    with pytest.raises(ConceptMapsError, match="an image of 3 channels; expected a palette or gray image whose values"):
+    with pytest.raises(
+        ConceptMapsError, match="an image of 3 channels; expected a palette or gray image whose values"
+    ):
         read_values(tmp_path / "a.png")
 
 
@@ -134,7 +157,9 @@ def test_frames_of_a_video(tmp_path: Path) -> None:
     assert list(frame_files(frames)) == ["00000", "00001", "00002"]
     assert frame_pairs(frames, labels) == [(frames / f"0000{n}.jpg", labels / f"0000{n}.png") for n in range(3)]
     (labels / "00001.png").unlink()
-    with pytest.raises(ConceptMapsError, match="has 3 frames and '.*labels' 2 label images, and '00001' is in one of the"):
+    with pytest.raises(
+        ConceptMapsError, match="has 3 frames and '.*labels' 2 label images, and '00001' is in one of the"
+    ):
         frame_pairs(frames, labels)
     write_values(labels / "00001.png", blocks(0))
     write_values(labels / "00003.png", blocks(0))
@@ -145,7 +170,9 @@ def test_frames_of_a_video(tmp_path: Path) -> None:
 def test_frames_of_two_sizes() -> None:
     frames = [torch.zeros(3, 4, 5), torch.ones(3, 4, 5)]
     assert torch.equal(stack(frames, [Path("a"), Path("b")]), torch.stack(frames))
-    with pytest.raises(ConceptMapsError, match=r"'b' has height and width \[4, 6\] where 'a' has \[4, 5\]; expected one"):
+    with pytest.raises(
+        ConceptMapsError, match=r"'b' has height and width \[4, 6\] where 'a' has \[4, 5\]; expected one"
+    ):
         stack([frames[0], torch.zeros(3, 4, 6)], [Path("a"), Path("b")])
 
 

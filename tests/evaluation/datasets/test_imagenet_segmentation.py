@@ -21,7 +21,9 @@ IMAGES = [GENERATOR.integers(0, 256, size=(height, width, 3), dtype=np.uint8) fo
 MASKS = [GENERATOR.integers(0, 2, size=size, dtype=np.uint8) for size in SIZES]
 
 
-def write_mat(path: Path, images: list[np.ndarray], masks: list[np.ndarray], synsets: tuple[str, ...], row: bool) -> None:
+def write_mat(
+    path: Path, images: list[np.ndarray], masks: list[np.ndarray], synsets: tuple[str, ...], row: bool
+) -> None:
     """Write a struct array with the fields img, gt (cells of a mask), id and target.
 
     MATLAB's columns come first, so that an array of height, width and channels appears with its axes reversed, and a
@@ -43,7 +45,8 @@ def write_mat(path: Path, images: list[np.ndarray], masks: list[np.ndarray], syn
         inner = [add(f"mask{index}", mask.T) for index, mask in enumerate(masks)]
         spare = add("spare", np.full((2, 2), 9, dtype=np.uint8))
         outer = [
-            add(f"gt{index}", np.array([[reference], [spare]], dtype=h5py.ref_dtype)) for index, reference in enumerate(inner)
+            add(f"gt{index}", np.array([[reference], [spare]], dtype=h5py.ref_dtype))
+            for index, reference in enumerate(inner)
         ]
         field("img", [add(f"img{index}", image.transpose()) for index, image in enumerate(images)])
         field("gt", outer)
@@ -92,7 +95,9 @@ def test_short_names(root: Path) -> None:
     (root / "imagenet_class_map.json").write_text(json.dumps({"categories": {"domestic cat": "cat"}}))
     sample = opened(root).read("0000")
     assert (sample.classes, sample.caption) == (("background", "cat"), "a cat")
-    with pytest.raises(ConceptMapsError, match="imagenet_class_map.json has no short name for 'tench' .n01440764.; expect"):
+    with pytest.raises(
+        ConceptMapsError, match="imagenet_class_map.json has no short name for 'tench' .n01440764.; expect"
+    ):
         opened(root).read("0001")
 
 
@@ -100,17 +105,23 @@ def test_no_class_names(root: Path) -> None:
     words = root / "words.txt"
     words.write_text("n02121808\tdomestic cat\n")
     assert opened(root).read("0000").classes[1] == "domestic cat"
-    with pytest.raises(ConceptMapsError, match="no class name for the synset 'n01440764' of .* put the complete words.txt"):
+    with pytest.raises(
+        ConceptMapsError, match="no class name for the synset 'n01440764' of .* put the complete words.txt"
+    ):
         opened(root).read("0001")
     words.write_text("cat\ndog\n")
     with pytest.raises(ConceptMapsError, match=r"words\.txt' names no synset; expected lines like 'n02084071 dog"):
         opened(root)
     words.unlink()
-    with pytest.raises(ConceptMapsError, match=r"has no class names; put words\.txt of ImageNet there .*LOC_synset_map"):
+    with pytest.raises(
+        ConceptMapsError, match=r"has no class names; put words\.txt of ImageNet there .*LOC_synset_map"
+    ):
         opened(root)
     for content in ({"0": "tench"}, {"0": ["n01440764", 3]}, {"0": 1}):
         (root / "imagenet_class_index.json").write_text(json.dumps(content))
-        with pytest.raises(ConceptMapsError, match=r"imagenet_class_index\.json' is not what was expected: .*\"tench\""):
+        with pytest.raises(
+            ConceptMapsError, match=r"imagenet_class_index\.json' is not what was expected: .*\"tench\""
+        ):
             opened(root)
 
 
@@ -124,7 +135,9 @@ def test_a_broken_file(root: Path) -> None:
     whole = path.read_bytes()
     for content in (b"MATLAB 5.0 MAT-file", whole[: len(whole) // 2], b""):
         path.write_bytes(content)
-        with pytest.raises(ConceptMapsError, match=r"gtsegs_ijcv\.mat' cannot be read as MATLAB 7\.3 data .*fetch it again"):
+        with pytest.raises(
+            ConceptMapsError, match=r"gtsegs_ijcv\.mat' cannot be read as MATLAB 7\.3 data .*fetch it again"
+        ):
             opened(root)
 
 
@@ -132,26 +145,32 @@ def test_a_file_of_something_else(root: Path) -> None:
     path = root / "gtsegs_ijcv.mat"
     with h5py.File(path, "w") as file:
         file["value/pictures"] = np.zeros(3)
-    with pytest.raises(ConceptMapsError, match="cannot be read as MATLAB 7.3 data with references value/img, value/gt"):
+    with pytest.raises(
+        ConceptMapsError, match="cannot be read as MATLAB 7.3 data with references value/img, value/gt"
+    ):
         opened(root)
     with h5py.File(path, "w") as file:
         for field in ("img", "gt", "id"):
             file[f"value/{field}"] = np.zeros((2, 1))
-    with pytest.raises(ConceptMapsError, match="cannot be read as MATLAB 7.3 data with references value/img, value/gt"):
+    with pytest.raises(
+        ConceptMapsError, match="cannot be read as MATLAB 7.3 data with references value/img, value/gt"
+    ):
         opened(root).read("0000")
 
 
 @pytest.mark.parametrize(
     ("images", "masks", "message"),
     [
-        ([image[..., 0] for image in IMAGES], MASKS, r"is uint8 \[9, 6\] with a mask \[9, 6\]; expected uint8 \[3, width"),
+        (
+            [image[..., 0] for image in IMAGES],
+            MASKS,
+            r"is uint8 \[9, 6\] with a mask \[9, 6\]; expected uint8 \[3, width",
+        ),
         ([image.astype(float) for image in IMAGES], MASKS, r"is float64 \[3, 9, 6\]"),
         (IMAGES, MASKS[::-1], r"is uint8 \[3, 9, 6\] with a mask \[5, 8\]"),
     ],
 )
-def test_arrays_of_other_shapes(
-    images: list[np.ndarray], masks: list[np.ndarray], message: str, root: Path
-) -> None:
+def test_arrays_of_other_shapes(images: list[np.ndarray], masks: list[np.ndarray], message: str, root: Path) -> None:
     write_mat(root / "gtsegs_ijcv.mat", images, masks, SYNSETS, row=False)
     with pytest.raises(ConceptMapsError, match="image 0000 of .* " + message):
         opened(root).read("0000")

@@ -58,7 +58,9 @@ def test_one_class(frames: dict[str, torch.Tensor], tmp_path: Path) -> None:
     assert dataset.names() == ("2007_000123", "2007_000033")
     assert [sample.classes for sample in dataset] == [("background", "tv monitor"), ("background", "dog")]
     assert dataset.read("2007_000123").labels.unique().tolist() == [1]
-    with pytest.raises(ConceptMapsError, match=r"none of the 1 images of '.*train\.txt' shows exactly one class; take pasc"):
+    with pytest.raises(
+        ConceptMapsError, match=r"none of the 1 images of '.*train\.txt' shows exactly one class; take pasc"
+    ):
         open_dataset("pascal-voc-single", tmp_path, split="train")
 
 
@@ -75,21 +77,29 @@ def test_a_value_without_a_class(frames: dict[str, torch.Tensor], tmp_path: Path
 
 def test_a_label_image_of_another_size(frames: dict[str, torch.Tensor], tmp_path: Path) -> None:
     write_values(tmp_path / "VOCdevkit/VOC2012/SegmentationClass/2007_000033.png", blocks(0, 12, height=5))
-    with pytest.raises(ConceptMapsError, match="sample '2007_000033' has labels .* check that its files belong together"):
+    with pytest.raises(
+        ConceptMapsError, match="sample '2007_000033' has labels .* check that its files belong together"
+    ):
         open_dataset("pascal-voc", tmp_path).read("2007_000033")
 
 
 def test_a_list_that_leads_elsewhere(frames: dict[str, torch.Tensor], tmp_path: Path) -> None:
     (tmp_path / "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt").write_text("../../2007_000033\n")
-    with pytest.raises(ConceptMapsError, match=r"val\.txt' names '\.\./\.\./2007_000033\.png'; expected a relative name"):
+    with pytest.raises(
+        ConceptMapsError, match=r"val\.txt' names '\.\./\.\./2007_000033\.png'; expected a relative name"
+    ):
         open_dataset("pascal-voc", tmp_path).read("../../2007_000033")
 
 
 def test_missing_files(frames: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    with pytest.raises(ConceptMapsError, match="expected 'ImageSets/Segmentation' in it, or in VOC2012 or VOCdevkit/VOC2"):
+    with pytest.raises(
+        ConceptMapsError, match="expected 'ImageSets/Segmentation' in it, or in VOC2012 or VOCdevkit/VOC2"
+    ):
         open_dataset("pascal-voc", tmp_path / "VOCdevkit" / "VOC2012" / "JPEGImages")
     with pytest.raises(ConceptMapsError, match=r"there is no '.*trainval\.txt'; expected a list"):
         open_dataset("pascal-voc", tmp_path, split="trainval")
     (tmp_path / "VOCdevkit/VOC2012/SegmentationClass/2007_000033.png").unlink()
-    with pytest.raises(ConceptMapsError, match=r"there is no '.*SegmentationClass.*2007_000033\.png'; expected a label"):
+    with pytest.raises(
+        ConceptMapsError, match=r"there is no '.*SegmentationClass.*2007_000033\.png'; expected a label"
+    ):
         open_dataset("pascal-voc", tmp_path).read("2007_000033")

@@ -73,7 +73,9 @@ def test_broken_class_names(frames: torch.Tensor, tmp_path: Path) -> None:
     path = tmp_path / "VSPW_480p" / "label_num_dic_final.json"
     for content in ({"wall": "one"}, {"wall": None}, {"wall": [1]}):
         path.write_text(json.dumps(content))
-        with pytest.raises(ConceptMapsError, match=r"label_num_dic_final\.json' is not what was expected: .*\"wall\": \"1"):
+        with pytest.raises(
+            ConceptMapsError, match=r"label_num_dic_final\.json' is not what was expected: .*\"wall\": \"1"
+        ):
             open_dataset("vspw", tmp_path)
     path.write_text(json.dumps({"wall": 1}))
     with pytest.raises(ConceptMapsError, match=r"values \[8, 61\] of the segmentation have no class"):
@@ -93,7 +95,9 @@ def test_missing_and_mismatched_files(frames: torch.Tensor, tmp_path: Path) -> N
     with pytest.raises(ConceptMapsError, match=r"origin.*00000006\.jpg' has height and width \[12, 7\] where"):
         dataset.read("5_kqkCxY")
     (video / "mask" / "00000006.png").unlink()
-    with pytest.raises(ConceptMapsError, match="7 frames and '.*mask' 6 label images, and '00000006' is in one of them"):
+    with pytest.raises(
+        ConceptMapsError, match="7 frames and '.*mask' 6 label images, and '00000006' is in one of them"
+    ):
         dataset.read("5_kqkCxY")
 
 
