@@ -45,9 +45,8 @@ class Davis2017(Dataset[str]):
         root: the folder `DAVIS`, or the one with it.
         split: `"train"`, `"val"` or `"trainval"`.
         categories: a JSON file that says what the objects are, `{"bike-packing": {"1": "bicycle", "2": "person"}}`, as
-            the authors' `davis_semantics.json`, whose numbers are those of the folder `Annotations_unsupervised`;
-            objects of one name are one class. None: "object 1", "object 2" and so on, and the sequence's name as
-            caption.
+            the authors' `davis_semantics.json`; its numbers have to be those of `annotations`. Objects of one name are
+            one class. None: "object 1", "object 2" and so on, and the sequence's name as caption.
         annotations: the folder of the segmentations, `"Annotations"` or `"Annotations_unsupervised"`.
         max_frames: the most frames to take of a sequence; None for all.
         stride: take every stride-th frame; None spreads `max_frames` evenly over the sequence.

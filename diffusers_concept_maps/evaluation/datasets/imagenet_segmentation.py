@@ -50,10 +50,7 @@ class ImageNetSegmentation(Dataset[int]):
         folder = locate(root, FILE)
         self._path = folder / FILE
         self._classes = _class_names(folder)
-        short = folder / SHORT_NAMES
-        self._short_names: Mapping[str, Any] | None = (
-            read_json(short).get("categories", {}) if short.exists() else None
-        )
+        self._short_names = _short_names(folder / SHORT_NAMES)
         count = _in_file(self._path, lambda file: len(_references(file, "img")))
         self._entries = {f"{index:04d}": index for index in range(count)}
 
@@ -117,6 +114,19 @@ def _record(file: Any, index: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any
     mask = file[file[_references(file, "gt")[index]][()].reshape(-1)[0]][()]
     codes = file[_references(file, "id")[index]][()].reshape(-1)
     return image, mask, "".join(map(chr, codes))
+
+
+def _short_names(path: Path) -> Mapping[str, Any] | None:
+    """Short names by class name, or None where no file asks for them."""
+    if not path.exists():
+        return None
+    categories = read_json(path).get("categories")
+    if not isinstance(categories, dict):
+        raise ConceptMapsError(
+            f'{str(path)!r} has no "categories"; expected {{"categories": {{"domestic cat": "cat", ...}}}}: mend or '
+            "remove the file"
+        )
+    return categories
 
 
 def _class_names(folder: Path) -> dict[str, str]:

@@ -99,6 +99,10 @@ def test_short_names(root: Path) -> None:
         ConceptMapsError, match="imagenet_class_map.json has no short name for 'tench' .n01440764.; expect"
     ):
         opened(root).read("0001")
+    for content in ({"domestic cat": "cat"}, {"categories": ["cat"]}):
+        (root / "imagenet_class_map.json").write_text(json.dumps(content))
+        with pytest.raises(ConceptMapsError, match=r'imagenet_class_map\.json\' has no "categories"; expected'):
+            opened(root)
 
 
 def test_no_class_names(root: Path) -> None:
