@@ -1,9 +1,9 @@
 """Motion maps rated by a vision-language model, as IMAP (arXiv 2603.02919) does: five criteria, three grids of frames.
 
-A judge is anything with the method of `Judge`; `judge_endpoint.ChatJudge` is one that asks an endpoint. A rating from 1
-to 5 becomes the score `(rating - 1) / 4` from 0 to 1. The official script does not have that step; the paper's scores
-cannot be `rating / 5`, since some of them are below 0.2. The rubric is our own: what the official repository has of
-it is three lines.
+A judge is anything with the method of `Judge`; `judge_endpoint.ChatJudge` is one that asks an endpoint. A rating from
+1 to 5 becomes the score `(rating - 1) / 4` from 0 to 1. The official script does not have that step; the paper's
+scores cannot be `rating / 5`, since some of them are below 0.2. The rubric is our own: of that of the paper, the
+official repository has three lines.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ CRITERIA = {
     ),
     "TL": Criterion(
         "temporal localization",
-        "Does the heat say when the concept happens? It should be strong in the frames where the concept happens, weak "
-        "or absent in the others, and follow the concept as it moves.",
+        "Does the heat say when the concept happens? It should be strong in the frames where the concept happens, "
+        "weak or absent in the others, and follow the concept as it moves.",
         (
             "the heat does not change with time, or changes without regard to the concept",
             "the heat changes with time, mostly at the wrong frames",
@@ -104,10 +104,10 @@ CRITERIA = {
 def _rubric() -> str:
     parts = [
         "You rate how well a heat map shows where, and when, a concept is in a video. You are given the concept, a "
-        "description of the video, and three pictures. Each is a grid of 12 cells in 3 rows of 4 columns; they show the "
-        "same 12 frames in the order of time, along the rows from the top left to the bottom right. The first has the "
-        "frames as they are. The second has the same frames with half the brightness outside the region where the heat "
-        "is above its mean. The third is the heat map: black is the lowest and pale yellow the highest score.",
+        "description of the video, and three pictures. Each is a grid of 12 cells in 3 rows of 4 columns; they show "
+        "the same 12 frames in the order of time, along the rows from the top left to the bottom right. The first has "
+        "the frames as they are. The second has the same frames with half the brightness outside the region where the "
+        "heat is above its mean. The third is the heat map: black is the lowest and pale yellow the highest score.",
         "First find in the first picture where the concept is and when it happens. An action is where the parts are "
         "that carry it out, while they do. Then rate the map by each of the five criteria below, each by itself, with "
         "a whole number from 1 to 5. Rate what the pictures show, not whether the video is a good one. Concept and "
@@ -148,7 +148,7 @@ class Question:
         if self.grids.per_frame:
             scale = "Every cell of the heat map, and of the mask, has a scale of its own."
         else:
-            scale = "One scale holds for all cells of the heat map and of the mask: a dark cell says that nothing is there."
+            scale = "One scale holds for all cells of the heat map and of the mask: in a dark cell nothing is hot."
         return (
             f"Concept: {_quoted(self.concept)}\nDescription of the video: {_quoted(self.caption)}\nThe cells show the "
             f"frames {shown} of {self.grids.frames}, counted from 0. {scale}"
@@ -212,8 +212,8 @@ def score_sample(
         latents_per_token: as for `upsample.spread_frames`.
 
     Returns:
-        A dict for JSON: a score from 0 to 1 for each of `CRITERIA`, their `mean`, `ratings` from 1 to 5, `comment`, and
-        the settings `judge` and `parity`.
+        A dict for JSON: a score from 0 to 1 for each of `CRITERIA`, their `mean`, `ratings` from 1 to 5, `comment`,
+        and the settings `judge` and `parity`.
 
     Raises:
         ConceptMapsValueError: frames, scores, texts or parity that cannot be used.
@@ -297,7 +297,7 @@ def _objects(text: str) -> Iterator[dict[str, Any]]:
     for match in re.finditer(r"\{", text):
         try:
             found, _ = decoder.raw_decode(text, match.start())
-        except (json.JSONDecodeError, RecursionError):  # no object begins here
+        except (ValueError, RecursionError):  # no object begins here
             continue
         yield {name.upper(): value for name, value in found.items()}
 
@@ -320,4 +320,4 @@ def _whole(value: Any) -> int | None:
 
 def _quoted(text: str) -> str:
     escaped = json.dumps(text, ensure_ascii=False)
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in escaped)
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in escaped)

@@ -12,7 +12,7 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 import torch
 
@@ -25,6 +25,7 @@ KEY_VARIABLE = "CONCEPT_MAPS_JUDGE_KEY"
 _LONGEST_WAIT = 60.0  # seconds; more is not waited, whatever a server asks for
 _LARGEST_REPLY = 2**24  # bytes
 _FORMATS = ("jpeg", "png")
+_TRANSIENT = (TimeoutError, ConnectionResetError, BrokenPipeError, http.client.IncompleteRead)
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -62,9 +63,7 @@ class ChatJudge:
     image_format: str = "jpeg"
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConceptMapsValueError(f"the judge's URL is {self.url!r}; expected one like 'https://host/v1'")
+        parts = _split(self.url)
         if "@" in parts.netloc:
             raise ConceptMapsValueError(
                 f"the judge's URL at {parts.hostname} holds a name or a password; leave it out, and put the key into "
@@ -112,32 +111,30 @@ class ChatJudge:
                 with opener.open(request, timeout=self.timeout) as response:
                     return bytes(response.read(_LARGEST_REPLY))
             except urllib.error.HTTPError as error:
-                with error:
-                    failure = self._refusal(error)
+                failure = self._refusal(error.code, _said(error))
                 if error.code != 429 and error.code < 500:
                     raise failure from None
                 wait = _named_wait(error.headers.get("Retry-After"), wait)
             except (OSError, http.client.HTTPException) as error:
                 reason = getattr(error, "reason", error)
                 failure = ConceptMapsError(f"no answer from the judge at {self._where()}: {reason!r}; check the URL")
-                if not isinstance(reason, TimeoutError | ConnectionResetError | http.client.HTTPException):
+                if not isinstance(reason, _TRANSIENT):
                     raise failure from None
             if attempt + 1 < self.attempts:
                 time.sleep(wait)
         raise failure
 
-    def _refusal(self, error: urllib.error.HTTPError) -> ConceptMapsError:
+    def _refusal(self, code: int, text: str) -> ConceptMapsError:
         """What the endpoint answered in place of a reply, in words."""
         key = os.environ.get(KEY_VARIABLE, "").strip()
-        text = error.read(_LARGEST_REPLY).decode("utf-8", "replace")
         said = shortened(text.replace(key, "***") if key else text)
         advice = {
             401: f"put a valid key into the environment variable {KEY_VARIABLE}",
             403: f"put a key that may use the model into the environment variable {KEY_VARIABLE}",
             404: "check the URL and the model",
             429: "wait, or ask for a higher limit",
-        }.get(error.code, "try again later" if error.code >= 500 else "check the URL, the model and its options")
-        return ConceptMapsError(f"the judge at {self._where()} answered {error.code}: {said!r}; {advice}")
+        }.get(code, "try again later" if code >= 500 else "check the URL, the model and its options")
+        return ConceptMapsError(f"the judge at {self._where()} answered {code}: {said!r}; {advice}")
 
     def _content(self, reply: bytes) -> str:
         """The text of the answer in the endpoint's reply."""
@@ -185,6 +182,19 @@ class ChatJudge:
         return {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
 
 
+def _split(url: str) -> SplitResult:
+    """The parts of a URL that a request can be sent to; raises otherwise."""
+    refused = ConceptMapsValueError(f"the judge's URL is {url!r}; expected one like 'https://host/v1'")
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        raise refused from None
+    if not usable or not all("!" <= character <= "~" for character in url):
+        raise refused
+    return parts
+
+
 def _text(text: str) -> dict[str, Any]:
     return {"type": "text", "text": text}
 
@@ -196,6 +206,15 @@ def _encoded(picture: torch.Tensor, image_format: str) -> str:
     buffer = io.BytesIO()
     Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(buffer, image_format, quality=95)
     return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _said(error: urllib.error.HTTPError) -> str:
+    """What an endpoint says with a status that is no success, as far as it can be read."""
+    try:
+        with error:
+            return error.read(_LARGEST_REPLY).decode("utf-8", "replace")
+    except (OSError, http.client.HTTPException) as failure:
+        return f"unreadable: {failure!r}"
 
 
 def _named_wait(header: str | None, otherwise: float) -> float:

@@ -89,8 +89,8 @@ def make_grids(
 def _check(frames: torch.Tensor, scores: torch.Tensor, parity: str | None) -> None:
     if frames.ndim != 4 or frames.shape[1] != 3 or frames.dtype != torch.uint8 or not frames.numel():
         raise ConceptMapsValueError(
-            f"frames of shape {list(frames.shape)} and {frames.dtype}; expected uint8 [frame, 3, height, width] of one "
-            f"video; convert them"
+            f"frames of shape {list(frames.shape)} and {frames.dtype}; expected uint8 [frame, 3, height, width] of "
+            f"one video; convert them"
         )
     if scores.ndim != 3 or not scores.numel() or not scores.is_floating_point():
         raise ConceptMapsValueError(
@@ -106,7 +106,7 @@ def _check(frames: torch.Tensor, scores: torch.Tensor, parity: str | None) -> No
 
 
 def _evenly(count: int) -> tuple[int, ...]:
-    """One index of `count` for every cell, evenly spaced; a half cannot occur, since the cells are 12 and 11 is odd."""
+    """One index of `count` for every cell, evenly spaced; halves do not occur, since 11 is odd."""
     last = COLUMNS * ROWS - 1
     return tuple(round(cell * (count - 1) / last) for cell in range(last + 1))
 
