@@ -48,16 +48,17 @@ def test_how_many_there_are() -> None:
 
 
 def test_averages_are_those_of_their_parts() -> None:
-    """A slip of the pen in one number would show: each average was published beside its parts."""
-    checked = 0
+    """A slip of the pen would show: averages were published beside their parts. Two do not agree, and say so."""
+    inconsistent = []
     for entry in PUBLISHED:
-        for average in {"mean", "average_within"} & set(entry.scores):
+        for average, half_a_digit in (("mean", 0.005), ("average_within", 0.0005)):
             parts = [score for name, score in entry.scores.items() if name != average]
-            if parts:
-                digits = 0.005 if average == "mean" else 0.0005
-                assert entry.scores[average] == pytest.approx(sum(parts) / len(parts), abs=digits + 6e-4), entry
-                checked += 1
-    assert checked == 6 + 28
+            if average in entry.scores and parts:
+                difference = abs(entry.scores[average] - sum(parts) / len(parts))
+                inconsistent += [entry] if difference > 2 * half_a_digit else []
+    assert inconsistent == [entry for entry in PUBLISHED if entry.trust == "by eye, inconsistent"]
+    rows = [(entry.dataset, entry.method) for entry in inconsistent]
+    assert rows == [("tap_vid_davis", "DINO"), ("tap_vid_kinetics", "SVD")]
 
 
 def test_some_values() -> None:
