@@ -23,7 +23,6 @@ KEY_VARIABLE = "CONCEPT_MAPS_JUDGE_KEY"
 """The environment variable with the key; without it none is sent, as servers of one's own need."""
 
 _LONGEST_WAIT = 60.0  # seconds; more is not waited, whatever a server asks for
-_LARGEST_REPLY = 2**24  # bytes
 _FORMATS = ("jpeg", "png")
 _TRANSIENT = (TimeoutError, ConnectionResetError, BrokenPipeError, http.client.IncompleteRead)
 
@@ -109,7 +108,7 @@ class ChatJudge:
             wait = min(self.backoff * 2**attempt, _LONGEST_WAIT)
             try:
                 with opener.open(request, timeout=self.timeout) as response:
-                    return bytes(response.read(_LARGEST_REPLY))
+                    return bytes(response.read())
             except urllib.error.HTTPError as error:
                 failure = self._refusal(error.code, _said(error))
                 if error.code != 429 and error.code < 500:
@@ -212,7 +211,7 @@ def _said(error: urllib.error.HTTPError) -> str:
     """What an endpoint says with a status that is no success, as far as it can be read."""
     try:
         with error:
-            return error.read(_LARGEST_REPLY).decode("utf-8", "replace")
+            return error.read().decode("utf-8", "replace")
     except (OSError, http.client.HTTPException) as failure:
         return f"unreadable: {failure!r}"
 
