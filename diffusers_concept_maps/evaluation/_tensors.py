@@ -35,8 +35,8 @@ def as_labels(labels: torch.Tensor, classes: int, name: str = "labels", lowest: 
     """The labels as int64 `[frame, height, width]` with values of `lowest` to `classes - 1`; raises otherwise."""
     if labels.ndim != 3 or not labels.numel():
         raise ConceptMapsValueError(
-            f"{name} of shape {list(labels.shape)}; expected [frame, height, width] without an empty axis; an image has "
-            f"one frame"
+            f"{name} of shape {list(labels.shape)}; expected [frame, height, width] without an empty axis; an image "
+            f"has one frame"
         )
     if labels.is_floating_point() or labels.is_complex():
         raise ConceptMapsValueError(f"{name} of {labels.dtype}; expected integers or bool; convert them")
@@ -44,8 +44,8 @@ def as_labels(labels: torch.Tensor, classes: int, name: str = "labels", lowest: 
     low, high = int(values.min()), int(values.max())
     if low < lowest or high >= classes:
         raise ConceptMapsValueError(
-            f"{name} from {low} to {high}; expected {lowest} to {classes - 1} for {classes} classes; give what is not to "
-            f"be scored the label {IGNORED} of the ground truth"
+            f"{name} from {low} to {high}; expected {lowest} to {classes - 1} for {classes} classes; in the ground "
+            f"truth, {IGNORED} is what is not scored"
         )
     return values
 

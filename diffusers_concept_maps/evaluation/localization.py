@@ -9,8 +9,8 @@ not. `parity="imap"` does as it does, thresholds included.
 |---|---|---|
 | `spatial_mass` | share of the map's mass that is in the mask | the mask's share of the clip |
 | `spatial_average_precision` | average precision of the map for the mask's pixels | the same |
-| `spatial_pointing` | share of the frames with a mask whose highest pixel is in it (the pointing game) | its share of them |
-| `temporal_concordance` | of two frames, how often more motion has the larger map mean (ROC area for yes and no) | 1/2 |
+| `spatial_pointing` | the pointing game: share of frames with a mask whose highest pixel is in it | its share |
+| `temporal_concordance` | of two frames, how often that of more motion has the larger map mean (as ROC area) | 1/2 |
 | `temporal_correlation` | (1 + r) / 2, r being Pearson's of the map's mean and the motion over frames | 1/2 |
 | `sparseness` | Hoyer's (JMLR 2004): 0 for a constant map, 1 for a single pixel | noise, even in 0..1: 1 - 3^0.5 / 2 |
 | `shape_iou_mean_threshold` | IoU of the mask and the map above its mean | that of as large a mask anywhere |
@@ -116,8 +116,8 @@ def summarize(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         records: results of `score_sample`, all with the same parity; other entries are left alone.
 
     Returns:
-        `clips`, `parity`, for every score the mean over the clips that define it (`per_clip_*`), `chance` with the mean
-        chance level of each, and `defined`, the number of those clips. None is a score that no clip defines.
+        `clips`, `parity`, for every score the mean over the clips that define it (`per_clip_*`), `chance` with the
+        mean chance level of each, and `defined`, the number of those clips. None is a score that no clip defines.
 
     Raises:
         ConceptMapsValueError: no clips, or clips of different parity.
@@ -140,7 +140,8 @@ def mask_motion(labels: torch.Tensor) -> torch.Tensor:
         labels: as for `score_sample`.
 
     Returns:
-        float64 `[frame]` in 0..1: 1 - IoU of the frame's mask with its neighbors', the mean of both where there are two.
+        float64 `[frame]` in 0..1: 1 - IoU with the mask of the next frame and with that of the frame before, the mean
+        of both where there are two.
 
     Raises:
         ConceptMapsValueError: fewer than two frames, or labels that cannot be used.
@@ -165,8 +166,8 @@ def hoyer(values: torch.Tensor) -> torch.Tensor:
     root = math.sqrt(values.numel())
     if root <= 1:
         return values.new_tensor(math.nan)
-    # Rounding can put a constant below 0.
-    return ((root - values.sum() / values.norm()) / (root - 1)).clamp(0, 1)
+    ratio = values.sum() / values.square().sum().sqrt()
+    return torch.clamp((root - ratio) / (root - 1), 0, 1)  # rounding can put a constant below 0
 
 
 def _amounts(amount: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:
@@ -176,7 +177,7 @@ def _amounts(amount: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:
     values = as_scores(amount, "frame")
     if len(values) != len(mask):
         raise ConceptMapsValueError(
-            f"amount of {len(values)} frames for masks of {len(mask)}; expected one number per frame; give each frame one"
+            f"amount of {len(values)} frames for masks of {len(mask)}; expected one number per frame"
         )
     return values.to(mask.device)
 
@@ -206,7 +207,7 @@ def _temporal(heat: torch.Tensor, scored: torch.Tensor, amount: torch.Tensor) ->
         return {}
     loud, much = activity - activity.mean(), when - when.mean()
     flat = bool((activity == activity[0]).all())
-    correlation = 0.0 if flat else (loud @ much / (loud.norm() * much.norm())).clamp(-1, 1)
+    correlation = 0.0 if flat else torch.nn.functional.cosine_similarity(loud, much, 0).clamp(-1, 1)
     return {
         "temporal_concordance": (concordance(activity, when), 0.5),
         "temporal_correlation": ((1 + correlation) / 2, 0.5),

@@ -8,9 +8,9 @@ Two ways to average are named in every summary: `dataset_*` adds up pixels over 
 
 `parity="concept_attention"` counts as its published scripts do, where that differs from the definitions:
 
-- "threshold": accuracy and IoU are taken of the stacked pair (1 - mask, mask) against (1 - truth, truth), values 0 and 1
-  being the classes. So both classes have the IoU `accuracy / (2 - accuracy)`, whatever the masks look like; the
-  paper's 71.04 is what its 83.07 gives.
+- "threshold": accuracy and IoU are taken of the stacked pair (1 - mask, mask) against (1 - truth, truth), the values 0
+  and 1 being the classes. So both have the IoU `accuracy / (2 - accuracy)`, whatever the masks look like; the paper's
+  0.71 is what its 0.83 gives.
 - "argmax" with two classes: the pair again for accuracy, so that an ignored pixel is one wrong of two; AP of maps that
   are not scaled to 0..1.
 - "argmax" with more: ignored pixels stay in the unions. Concepts are renamed to classes one after the other in one
@@ -74,7 +74,7 @@ def score_sample(
         JSON-able: `pixels` scored, `correct` ones, `intersection` and `union` of every class; with two classes
         `average_precision`, that of the pair (1 - m, m) with m the target's map scaled to 0..1 over the sample, the
         paper's, whose chance is one half, and `foreground_average_precision`, that of m alone, whose chance is the
-        target's share of the pixels; and the settings `rule`, `classes`, `parity`. None is a score that is not defined.
+        target's share of the pixels; and the settings `rule`, `classes`, `parity`. None is a score without a value.
 
     Raises:
         ConceptMapsValueError: shapes, labels or options that cannot be used.
@@ -84,8 +84,8 @@ def score_sample(
     check_choice(parity, _PARITIES, "parity")
     if values.shape[1] != truth.shape[0]:
         raise ConceptMapsValueError(
-            f"scores of {values.shape[1]} frames for labels of {truth.shape[0]}; expected as many; spread token frames "
-            f"over video frames first (upsample.spread_frames)"
+            f"scores of {values.shape[1]} frames for labels of {truth.shape[0]}; expected as many; spread token "
+            f"frames over video frames first (upsample.spread_frames)"
         )
     if size is not None and min(size) < 1:
         raise ConceptMapsValueError(f"size {size}; expected at least one pixel; None is the size of the labels")

@@ -92,8 +92,8 @@ def summarize(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Returns:
         `clips`, the settings, the entries of `segmentation.summarize_counts` (`per_clip_*`), and:
-        `per_object_*`: the mean over all objects of all clips, DAVIS's way, of `j_mean`, `j_recall`, `j_decay`, the same
-        of `f_`, `successive_iou`, `truth_successive_iou`, `temporal_consistency`; `per_object_j_and_f`;
+        `per_object_*`: the mean over all objects of all clips, DAVIS's way, of `j_mean`, `j_recall`, `j_decay`, the
+        same of `f_`, `successive_iou`, `truth_successive_iou`, `temporal_consistency`; `per_object_j_and_f`;
         `per_clip_j_mean`: the mean over clips of the mean over a clip's objects;
         `video_consistency`: by window length `per_clip` (mean over clips of the mean over windows) and
         `per_window` (mean over all windows of all clips, as VSPW's published code has it).
