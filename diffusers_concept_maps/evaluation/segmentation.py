@@ -125,7 +125,8 @@ def segment(
     own = torch.tensor(concept_labels, device=values.device)
     if rule == "threshold":
         target = _target(concept_labels, len(values), 2, rule)
-        return (values[target] > values[target].mean()).long()
+        heat = min_max(values[target])  # so that rounding the mean puts no constant map above it
+        return (heat > heat.mean()).long()
     _check_concepts(concept_labels, len(values))
     if parity is None:
         return own[values.argmax(0)]
