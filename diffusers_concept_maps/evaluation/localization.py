@@ -184,7 +184,7 @@ def _amounts(amount: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:
 
 def _spatial(heat: torch.Tensor, scored: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
     """Where the map is: scores with their chance levels."""
-    coverage = mask.sum() / scored.sum()
+    coverage = mask.sum() / scored.sum().double()
     shown = mask.any(-1).any(-1)
     # What is left out cannot be the highest; of tied highest pixels, each may be the one.
     ranked = heat.masked_fill(~scored, -1)[shown].flatten(1)
@@ -218,14 +218,14 @@ def _shape(heat: torch.Tensor, scored: torch.Tensor, mask: torch.Tensor, *, per_
     """The shape of the map: scores with their chance levels."""
     mean = heat.mean((-2, -1), keepdim=True) if per_frame else heat.mean()
     guess = (heat > mean) & scored
-    total = scored.sum()
+    total = scored.sum().double()  # counts alone would divide to float32
     coverage, predicted = mask.sum() / total, guess.sum() / total
     both = coverage * predicted
     shown = mask.any(-1).any(-1)
     pair = (guess[shown], mask[shown])
     return {
         "shape_iou_mean_threshold": (
-            (guess & mask).sum() / (guess | mask).sum(),
+            (guess & mask).sum() / (guess | mask).sum().double(),
             both / (coverage + predicted - both),
         ),
         "shape_iou_best_threshold": (best_iou(heat[scored], mask[scored]), coverage),

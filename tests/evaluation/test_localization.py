@@ -1,4 +1,4 @@
-"""Motion localization on maps whose answer is known; planted defects take down the score that is theirs, and no other."""
+"""Motion localization on maps whose answer is known; planted defects take down the scores that are theirs."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_planted_defects() -> None:
 
 
 def test_per_frame_scale_deletes_when_the_motion_is() -> None:
-    """The published evaluation scales every frame: a map with faint noise before the motion starts is as loud there."""
+    """The published evaluation scales every frame: faint noise before the motion starts is as loud as it."""
     labels = masks()
     heat = labels + 0.01 * noise(4, FRAMES, HEIGHT, WIDTH)
     clip, published = score_sample(heat, labels), score_sample(heat, labels, parity="imap")

@@ -1,4 +1,4 @@
-"""Scores of video segmentation, against scikit-learn, scipy's morphology and definitions written out pixel by pixel."""
+"""Scores of video segmentation, against scikit-learn, scipy's morphology and definitions written out."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def disc(row: float, column: float, radius: float, size: tuple[int, int] = (60, 
 
 
 def naive_outline(mask: np.ndarray) -> np.ndarray:
-    """A pixel is on it if it differs from one of its neighbors to the right, below and diagonally, inside the frame."""
+    """A pixel is on it if it differs from its neighbor to the right, below or both, inside the frame."""
     height, width = mask.shape
     line = np.zeros_like(mask)
     for y in range(height):
