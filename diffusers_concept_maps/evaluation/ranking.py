@@ -11,17 +11,15 @@ def average_precision(scores: torch.Tensor, positives: torch.Tensor) -> torch.Te
     Chance is the share of positives.
 
     Args:
-        scores: float64 `[..., n]`.
-        positives: bool `[..., n]`.
+        scores: float64 `[n]`.
+        positives: bool `[n]`.
 
     Returns:
-        float64 `[...]`; NaN where nothing is positive.
+        float64 scalar; NaN where nothing is positive.
     """
-    found, last = _thresholds(scores, positives)
-    rank = torch.arange(1, scores.shape[-1] + 1, device=scores.device)
-    kept = torch.where(last, found, 0).cummax(-1).values
-    newly = kept.diff(dim=-1, prepend=torch.zeros_like(kept[..., :1]))
-    return (found / rank * newly).sum(-1) / positives.sum(-1)
+    found, predicted = _thresholds(scores, positives)
+    newly = found.diff(prepend=found.new_zeros(1))
+    return (found / predicted * newly).sum() / positives.sum()
 
 
 def best_iou(scores: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
@@ -30,17 +28,14 @@ def best_iou(scores: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
     Chance is the share of positives or a little more: it is what predicting everything reaches.
 
     Args:
-        scores: float64 `[..., n]`.
-        positives: bool `[..., n]`.
+        scores: float64 `[n]`, n at least 1.
+        positives: bool `[n]`.
 
     Returns:
-        float64 `[...]`; NaN where nothing is positive.
+        float64 scalar; 0 where nothing is positive.
     """
-    found, last = _thresholds(scores, positives)
-    total = positives.sum(-1)
-    rank = torch.arange(1, scores.shape[-1] + 1, device=scores.device)
-    iou = torch.where(last, found / (rank + total[..., None] - found), 0.0).amax(-1)
-    return torch.where(total > 0, iou, torch.nan)
+    found, predicted = _thresholds(scores, positives)
+    return (found / (predicted + positives.sum() - found)).amax()
 
 
 def concordance(scores: torch.Tensor, amounts: torch.Tensor) -> torch.Tensor:
@@ -61,9 +56,9 @@ def concordance(scores: torch.Tensor, amounts: torch.Tensor) -> torch.Tensor:
 
 
 def _thresholds(scores: torch.Tensor, positives: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """By descending score: positives found so far (float64), and whether the next score is another one."""
-    values, order = scores.sort(-1, descending=True)
-    found = positives.gather(-1, order).double().cumsum(-1)
-    last = torch.ones_like(values, dtype=torch.bool)
-    last[..., :-1] = values[..., 1:] != values[..., :-1]
-    return found, last
+    """For every distinct score, descending: how many positives, and how many at all, have it or more (float64)."""
+    values, order = scores.sort(descending=True)
+    last = torch.ones_like(positives)
+    last[:-1] = values[1:] != values[:-1]
+    found = positives[order].cumsum(0)[last]
+    return found.double(), last.nonzero()[:, 0].double() + 1

@@ -25,14 +25,13 @@ def same(actual: torch.Tensor, expected: float) -> None:
     assert float(actual) == pytest.approx(expected, abs=1e-12, nan_ok=True)
 
 
-def test_average_precision_is_that_of_scikit_learn_by_row() -> None:
+def test_average_precision_is_that_of_scikit_learn() -> None:
     rng = np.random.default_rng(0)
     scores = np.concatenate([rng.normal(size=(20, 50)), rng.integers(3, size=(20, 50)).astype(float)])
     positives = rng.random((40, 50)) < 0.2
     positives[:, 0] = True
-    expected = [average_precision_score(y, s) for y, s in zip(positives, scores, strict=True)]
-    actual = average_precision(torch.from_numpy(scores), torch.from_numpy(positives))
-    np.testing.assert_allclose(actual.numpy(), expected, atol=1e-12)
+    for y, s in zip(positives, scores, strict=True):
+        same(average_precision(torch.from_numpy(s), torch.from_numpy(y)), average_precision_score(y, s))
 
 
 @given(few_values)
@@ -48,7 +47,7 @@ def test_ties_and_edges_are_those_of_scikit_learn(pairs: list[tuple[int, bool]])
 def test_best_iou_is_the_best_of_all_thresholds(pairs: list[tuple[int, bool]]) -> None:
     scores, positives = split(pairs)
     if not positives.any():
-        assert best_iou(scores, positives).isnan()
+        assert best_iou(scores, positives) == 0
         return
     same(best_iou(scores, positives), max(jaccard_score(positives, scores >= value) for value in scores.unique()))
 
