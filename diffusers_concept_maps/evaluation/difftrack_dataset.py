@@ -3,9 +3,9 @@
 Source: Nam et al., "Emergent Temporal Correspondences from Video Diffusion Transformers", 2025 (arXiv 2506.17220).
 
 A folder `<model>/<fg or bg>` has `prompt.txt` and, by the number of a line of it, `tracks/000.npy` and
-`visibility/000.npy`; image-to-video models also `image/000.png`. The videos are not part of it: they are generated anew
-from the prompts, with the seed that the authors used. The tracks are those of another tracker on the authors' videos,
-and hold only where the video comes out as theirs did.
+`visibility/000.npy`; image-to-video models also `image/000.png`. The videos are not part of it: they are generated
+anew from the prompts, with the seed that the authors used. The tracks are those of another tracker on the authors'
+videos, and hold only where the video comes out as theirs did.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def test_what_is_missing_or_damaged_is_named(damage: Callable[[Path], None], mes
 def test_a_folder_without_tracks_is_named(folder: Path) -> None:
     for path in (folder / "tracks").iterdir():
         path.unlink()
-    with pytest.raises(ConceptMapsError, match="has no tracks/000.npy; expected a folder <model>/<fg"):
+    with pytest.raises(ConceptMapsError, match="has no tracks/000.npy; expected a folder <model>/<fg or bg>"):
         list(read_difftrack(folder))
 
 
