@@ -69,9 +69,7 @@ def read_difftrack(folder: str | os.PathLike[str]) -> Iterator[MatchingSample]:
     prompts = _prompts(folder / "prompt.txt")
     files = sorted(path for path in folder.glob("tracks/*.npy") if _NUMBERED.fullmatch(path.name))
     if not files:
-        raise ConceptMapsError(
-            f"{str(folder)!r} has no tracks/000.npy; expected a folder as dataset/<model>/<fg or bg>"
-        )
+        raise ConceptMapsError(f"{str(folder)!r} has no tracks/000.npy; expected a folder <model>/<fg or bg>")
     images = (folder / "image").is_dir()
     for path in files:
         number = int(path.stem)

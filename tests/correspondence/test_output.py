@@ -115,13 +115,9 @@ def changed(folder: Path, members: dict[str, Any], *, without: str = "") -> Path
 
 def test_files_that_are_not_ours_are_refused(tmp_path: Path) -> None:
     make().save(tmp_path / "good.npz")
-    with pytest.raises(
-        ConceptMapsError, match=r"has format 'x/9'; this version reads 'diffusers_concept_maps.tracks/1'"
-    ):
+    with pytest.raises(ConceptMapsError, match=r"has format 'x/9'; this version reads 'diffusers_"):
         TrackOutput.load(changed(tmp_path, {"format": np.array("x/9")}))
-    with pytest.raises(
-        ConceptMapsError, match=r"bad.npz' holds no tracks \(.*confidence\.npy.*\); expected a file of"
-    ):
+    with pytest.raises(ConceptMapsError, match=r"bad.npz' holds no tracks \(.*confidence\.npy.*\); expected a"):
         TrackOutput.load(changed(tmp_path, {}, without="confidence"))
     for damaged in ("{", "[1]", "3"):
         with pytest.raises(ConceptMapsError, match="cannot read '.*bad.npz' as tracks: "):
