@@ -1,8 +1,8 @@
 """Tracked points drawn into the frames of their video, each with a trail of where it came from.
 
 A point is a disc where it is visible and a ring where it is not. Trails fade with age, and have a gap where the point
-was not visible. Everything is drawn to a fraction of a pixel: the color fades over the one pixel around a shape's edge,
-by how far the center of each pixel is from it.
+was not visible. Everything is drawn to a fraction of a pixel: the color fades over one pixel around a shape's edge, by
+how far the center of each pixel is from it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ COLORMAP = "viridis"
 
 
 def point_colors(count: int) -> list[tuple[int, int, int]]:
-    """Distinct RGB colors, 0 to 255, for readers with any color vision; more than 200 repeat.
+    """Distinct RGB colors, 0 to 255, for readers with any color vision; more than 128 repeat.
 
     Args:
         count: how many.
@@ -36,7 +36,7 @@ def point_colors(count: int) -> list[tuple[int, int, int]]:
     """
     if count <= len(PALETTE):
         return list(PALETTE[:count])
-    steps = np.linspace(0, 0.9, min(count, 200))  # above, blue-yellow blindness sees nothing change
+    steps = np.linspace(0, 0.9, min(count, 128))  # above, blue-yellow blindness sees nothing change
     table = np.asarray(require("matplotlib").colormaps[COLORMAP](steps))[:, :3]
     colors = [(int(r), int(g), int(b)) for r, g, b in (table * 255).round()]
     return [colors[index % len(colors)] for index in range(count)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import os
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,14 @@ def test_a_name_that_is_not_on_the_list_is_refused(module: str, name: str, tmp_p
         f"{str(tmp_path / 'bad.pkl')!r} holds the global {module}.{name}; expected arrays, strings and containers, "
         f"and nothing to run. Nothing of it was run; fetch the file from its publisher"
     )
+
+
+def test_a_module_that_is_named_is_not_imported(tmp_path: Path) -> None:
+    assert "antigravity" not in sys.modules
+    (tmp_path / "bad.pkl").write_bytes(named("antigravity", "geohash"))
+    with pytest.raises(ConceptMapsError, match=r"holds the global antigravity\.geohash"):
+        load_array_pickle(tmp_path / "bad.pkl")
+    assert "antigravity" not in sys.modules
 
 
 class Record:

@@ -129,8 +129,8 @@ def test_places_of_occluded_points_may_be_unknown(tmp_path: Path) -> None:
     assert torch.equal(sample.tracks.isfinite().all(-1), sample.visibility)
 
 
-def test_what_was_yielded_is_let_go_of(tmp_path: Path) -> None:
-    """Videos are made one at a time: what is wrong with the second does not keep the first from being yielded."""
+def test_samples_are_made_one_at_a_time(tmp_path: Path) -> None:
+    """What is wrong with the second video does not keep the first from being yielded."""
     path = write(tmp_path / "d.pkl", {"a": make_video(0), "b": {}})
     samples = read_davis(path)
     assert next(samples).name == "a"
