@@ -153,6 +153,8 @@ def load_array_pickle(path: str | os.PathLike[str]) -> Any:
         ) from error
     except OSError as error:
         raise ConceptMapsError(f"cannot read {os.fspath(path)!r}: {error}") from error
+    except MemoryError as error:
+        raise ConceptMapsError(f"{os.fspath(path)!r} is damaged, or larger than the memory of this machine") from error
     except (*_DAMAGED, pickle.UnpicklingError) as error:
         raise ConceptMapsError(f"{os.fspath(path)!r} is damaged or no pickle of arrays: {error!r}") from error
 

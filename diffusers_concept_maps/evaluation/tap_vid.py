@@ -91,7 +91,9 @@ def read_kinetics(
 ) -> Iterator[TrackSample]:
     """TAP-Vid-Kinetics: a folder of pickles, each with a part of the videos, whose frames may be JPEG files.
 
-    One part is in memory at a time, and of its JPEG files one video is decoded at a time.
+    One part is in memory at a time, and of its JPEG files one video is decoded at a time. TAP-Vid's script moves the
+    annotated points by half a pixel of the original video before it writes them; as in the benchmark's own reader,
+    what the files then hold is taken like that of the other sets.
 
     Args:
         folder: that of `0000_of_0010.pkl`, `0001_of_0010.pkl` and so on.

@@ -233,6 +233,22 @@ def test_a_damaged_file_is_named(length: int, tmp_path: Path) -> None:
         load_array_pickle(tmp_path / "cut.pkl")
 
 
+@pytest.mark.parametrize("opcode", [b"\x8e", b"\x96", b"\x95"])
+def test_a_length_beyond_all_memory_is_an_error(opcode: bytes, tmp_path: Path) -> None:
+    (tmp_path / "big.pkl").write_bytes(b"\x80\x05" + opcode + (1 << 46).to_bytes(8, "little") + b"few.")
+    with pytest.raises(ConceptMapsError, match=r"big.pkl' is damaged"):
+        load_array_pickle(tmp_path / "big.pkl")
+
+
+def test_what_does_not_fit_into_memory_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> object:
+        raise MemoryError
+
+    monkeypatch.setattr(np, "frombuffer", fail)
+    with pytest.raises(ConceptMapsError, match=r"a.pkl' is damaged, or larger than the memory of this machine"):
+        reload(ARRAYS[0], tmp_path / "a.pkl")
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConceptMapsError, match=r"cannot read '.*none.pkl': "):
         load_array_pickle(tmp_path / "none.pkl")
