@@ -101,10 +101,18 @@ class Relay:
         return self.recorder.answer(query, key, value)
 
     def restrict(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, text: slice, image: slice
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        text: slice,
+        image: slice,
+        mask: torch.Tensor | None = None,
+        linear: bool = False,
     ) -> torch.Tensor:
         """See `PassListener.restrict`."""
-        return self.recorder.restrict(query, key, value, text=text, image=image)
+        return self.recorder.restrict(query, key, value, text=text, image=image, mask=mask, linear=linear)
 
     def text_tokens(self, attention: nn.Module) -> int:
         """See `PassListener.text_tokens`."""

@@ -274,7 +274,15 @@ class PassListener(Generic[PassKind]):
         raise NotImplementedError
 
     def restrict(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, text: slice, image: slice
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        text: slice,
+        image: slice,
+        mask: torch.Tensor | None = None,
+        linear: bool = False,
     ) -> torch.Tensor:
         """Attention in place of the stock one while `restricts`.
 
@@ -284,6 +292,10 @@ class PassListener(Generic[PassKind]):
             value: likewise.
             text: where the text tokens are; empty where there are none.
             image: where the image tokens are.
+            mask: what the stock attention is given, broadcastable to `[batch, H, S, S]`: bool, True where a query
+                (row) sees a key, or a number to add to the logit. It hides padding of the text and, in some families,
+                image tokens from one another. None hides nothing.
+            linear: the attention is linear: its weights are the products of query and key, without scale and softmax.
 
         Returns:
             `[batch, H, S, D]`.

@@ -255,9 +255,9 @@ class JointBackbone(Backbone):
 class CrossBackbone(Backbone):
     """A family whose image tokens read a text that no block updates: concepts have keys there, and no state."""
 
+    @abstractmethod
     def matching_sites(self, transformer: Any) -> list[Site]:
         """See `Backbone.matching_sites`; that is another attention than the one of `sites`."""
-        raise NotImplementedError
 
     @abstractmethod
     def context(

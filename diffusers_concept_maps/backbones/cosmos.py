@@ -10,16 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_cosmos import CosmosAttnProcessor2_0, CosmosAttnProcessor2_5
 
 from diffusers_concept_maps.backbones._base import CrossBackbone, Grid, Site
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
 from diffusers_concept_maps.processors._base import ConceptProcessor
+from diffusers_concept_maps.processors.video import attend_video
 from diffusers_concept_maps.tokens import (
     check_encoders,
     spans_inside,
@@ -28,6 +30,10 @@ from diffusers_concept_maps.tokens import (
     word_tokens,
     words_first,
 )
+
+if TYPE_CHECKING:
+    from diffusers_concept_maps.compiled import Relay
+    from diffusers_concept_maps.listener import PassListener
 
 _TEXT_TOKENS = 512
 _SYSTEM_PROMPT = "You are a helpful assistant who will provide prompts to an image generator."
@@ -43,6 +49,10 @@ class CosmosBackbone(CrossBackbone):
     def sites(self, transformer: Any) -> list[Site]:
         """See `Backbone.sites`."""
         return [Site(block, block.attn2) for block in transformer.transformer_blocks]
+
+    def matching_sites(self, transformer: Any) -> list[Site]:
+        """See `Backbone.matching_sites`."""
+        return [Site(block, block.attn1) for block in transformer.transformer_blocks]
 
     def heads(self, transformer: Any) -> int:
         """See `Backbone.heads`."""
@@ -150,14 +160,19 @@ class _CosmosProcessor(ConceptProcessor):
         attention_mask: Any = None,
         image_rotary_emb: Any = None,
     ) -> torch.Tensor:
-        """Attention of video `[batch, N, width]` to text `[batch, T, width]` and, beside it, to an image context."""
-        recorder = self.recorder
-        if recorder is None or encoder_hidden_states is None or not recorder.records(attn):
+        """Attention of video `[batch, N, width]` to text `[batch, T, width]` and, beside it, to an image context.
+
+        Where there is no text, to itself.
+        """
+        recorder = self.listener(attn)
+        if recorder is None:
             stock: Any = super()
             return cast(
                 torch.Tensor,
                 stock.__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb),
             )
+        if encoder_hidden_states is None:
+            return _read_video(recorder, attn, hidden_states, attention_mask, image_rotary_emb)
         text, image, mask, image_mask = self._contexts(encoder_hidden_states, attention_mask)
         linears = (attn.to_q(hidden_states), attn.to_k(text), attn.to_v(text))
         query, key, value = (_split_heads(attn, states) for states in linears)
@@ -204,7 +219,27 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: A
     key = key.repeat_interleave(query.size(3) // key.size(3), dim=3)
     value = value.repeat_interleave(query.size(3) // value.size(3), dim=3)
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return _dispatch(query, key, value, mask)
+
+
+def _dispatch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any) -> torch.Tensor:
+    """Attention output `[batch, N, H, D]` of `[batch, token, H, D]`."""
     return cast(torch.Tensor, dispatch_attention_fn(query, key, value, attn_mask=mask, dropout_p=0.0, is_causal=False))
+
+
+def _read_video(
+    listener: PassListener[Any] | Relay, attn: Attention, video: torch.Tensor, mask: Any, rotary: Any
+) -> torch.Tensor:
+    """Attention of the video `[batch, N, width]` to itself, the same out."""
+    query, key, value = (_split_heads(attn, linear(video)) for linear in (attn.to_q, attn.to_k, attn.to_v))
+    query, key = attn.norm_q(query), attn.norm_k(key)
+    if rotary is not None:
+        query, key = (
+            apply_rotary_emb(states, rotary, use_real=True, use_real_unbind_dim=-2) for states in (query, key)
+        )
+    heads = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    states = attend_video(listener, attn, heads, mask, _dispatch).flatten(2, 3).type_as(query)
+    return cast(torch.Tensor, attn.to_out[1](attn.to_out[0](states)))
 
 
 def _read_image(attn: Any, hidden_states: torch.Tensor, image: torch.Tensor, mask: Any) -> torch.Tensor:

@@ -191,8 +191,8 @@ class HunyuanVideoConceptProcessor(ConceptProcessor):
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> Any:
         """Attention of `[video | text]`; video `[batch, N, width]` and text `[batch, T, width]` in, the same out."""
-        recorder = self.recorder
-        if recorder is None or encoder_hidden_states is None or not recorder.records(attn):
+        recorder = self.listener(attn)
+        if recorder is None or encoder_hidden_states is None:
             stock: Any = super()
             return stock.__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         count = hidden_states.shape[1]
@@ -203,19 +203,23 @@ class HunyuanVideoConceptProcessor(ConceptProcessor):
                 return hidden_states, encoder_hidden_states
             return _finish(attn, output.flatten(2, 3), 0)
         query, key, value = _project(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
-        output = dispatch_attention_fn(
-            query,
-            key,
-            value,
-            attn_mask=self.mask(attention_mask, query),
-            dropout_p=0.0,
-            is_causal=False,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )
+        mask, text, image = self.mask(attention_mask, query), slice(count, None), slice(0, count)
+        shown = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        if recorder.restricts:
+            output = recorder.restrict(*shown, text=text, image=image, mask=mask).transpose(1, 2)
+        else:
+            output = dispatch_attention_fn(
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                dropout_p=0.0,
+                is_causal=False,
+                backend=self._attention_backend,
+                parallel_config=self._parallel_config,
+            )
         result = _finish(attn, output.flatten(2, 3).to(query.dtype), count)
-        heads = (tensor.transpose(1, 2) for tensor in (query, key, value, output))
-        recorder.observe(attn, *heads, text=slice(count, None), image=slice(0, count))
+        recorder.observe(attn, *shown, output.transpose(1, 2), text=text, image=image)
         return result
 
 

@@ -11,17 +11,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from inspect import signature
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.transformers.transformer_kandinsky import Kandinsky5AttnProcessor
+from diffusers.models.transformers.transformer_kandinsky import Kandinsky5AttnProcessor, nablaT_v2
 from diffusers.pipelines.kandinsky5.pipeline_kandinsky import prompt_clean
 from torch.nn.utils.rnn import pad_sequence
 
 from diffusers_concept_maps.backbones._base import CrossBackbone, Grid, Site, unpatched
 from diffusers_concept_maps.errors import ConceptMapsError
 from diffusers_concept_maps.processors._base import ConceptProcessor
+from diffusers_concept_maps.processors.video import attend_video
 from diffusers_concept_maps.tokens import (
     check_encoders,
     spans_inside,
@@ -30,6 +31,10 @@ from diffusers_concept_maps.tokens import (
     undisturbed,
     word_tokens,
 )
+
+if TYPE_CHECKING:
+    from diffusers_concept_maps.compiled import Relay
+    from diffusers_concept_maps.listener import PassListener
 
 _TEXT_LENGTH = 512
 """Text tokens that the pipelines take where they are told no other number."""
@@ -46,6 +51,10 @@ class Kandinsky5Backbone(CrossBackbone):
     def sites(self, transformer: Any) -> list[Site]:
         """See `Backbone.sites`."""
         return [Site(block, block.cross_attention) for block in transformer.visual_transformer_blocks]
+
+    def matching_sites(self, transformer: Any) -> list[Site]:
+        """See `Backbone.matching_sites`."""
+        return [Site(block, block.self_attention) for block in transformer.visual_transformer_blocks]
 
     def heads(self, transformer: Any) -> int:
         """See `Backbone.heads`."""
@@ -139,31 +148,41 @@ class ConceptKandinsky5AttnProcessor(ConceptProcessor, Kandinsky5AttnProcessor):
         rotary_emb: torch.Tensor | None = None,
         sparse_params: dict[str, Any] | None = None,
     ) -> torch.Tensor:
-        """Video `[batch, N, width]` reads text `[batch, T, width]`; self-attention is left to the stock class."""
-        recorder = self.recorder
-        if recorder is None or not recorder.records(attn):
+        """Video `[batch, N, width]` reads text `[batch, T, width]` or, where there is none, itself."""
+        recorder = self.listener(attn)
+        if recorder is None:
             stock: Any = super()
             return cast(
                 torch.Tensor,
                 stock.__call__(attn, hidden_states, encoder_hidden_states, rotary_emb, sparse_params),
             )
-        assert encoder_hidden_states is not None  # the layers are cross-attention, dense and without positions
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query = _split_heads(attn, attn.to_query(hidden_states))
-        key = _split_heads(attn, attn.to_key(encoder_hidden_states))
-        value = _split_heads(attn, attn.to_value(encoder_hidden_states))
+        key, value = _split_heads(attn, attn.to_key(context)), _split_heads(attn, attn.to_value(context))
         query, key = _norm(attn.query_norm, query), _norm(attn.key_norm, key)
-        output = dispatch_attention_fn(
-            query,
-            key,
-            value,
-            attn_mask=None,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )
+        if encoder_hidden_states is None:
+            query, key = (states if rotary_emb is None else _rotate(states, rotary_emb) for states in (query, key))
+            mask = None if sparse_params is None else _sparse_mask(recorder, query, key, sparse_params)
+            output = attend_video(recorder, attn, (query, key, value), mask, self._attend)
+            return cast(torch.Tensor, attn.out_layer(output.flatten(-2, -1)))
+        output = self._attend(query, key, value, None)  # of text it is dense, without positions
         states = attn.out_layer(output.flatten(-2, -1))
         query, output, key = (tensor.transpose(1, 2) for tensor in (query, output, key))
         recorder.observe_crossing(attn, query, output, key, partial(self.project_key, attn))
         return cast(torch.Tensor, states)
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any) -> torch.Tensor:
+        return cast(
+            torch.Tensor,
+            dispatch_attention_fn(
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                backend=self._attention_backend,
+                parallel_config=self._parallel_config,
+            ),
+        )
 
     def project_key(self, attn: Any, text: torch.Tensor) -> torch.Tensor:
         """See `ConceptProcessor.project_key`."""
@@ -177,6 +196,31 @@ def _split_heads(attn: Any, states: torch.Tensor) -> torch.Tensor:
 
 def _norm(norm: Any, states: torch.Tensor) -> torch.Tensor:
     return cast(torch.Tensor, norm(states.float()).type_as(states))
+
+
+def _rotate(states: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+    """Neighboring channels of `[batch, S, H, D]`, turned by matrices `[batch, S, 1, D / 2, 2, 2]`.
+
+    The host rounds them to bfloat16, whatever they were.
+    """
+    turned: torch.Tensor = (rotary * states.unflatten(-1, (-1, 1, 2)).to(torch.float32)).sum(dim=-1)
+    return turned.flatten(-2).to(torch.bfloat16).type_as(states)
+
+
+def _sparse_mask(
+    listener: PassListener[Any] | Relay, query: torch.Tensor, key: torch.Tensor, sparse: Mapping[str, Any]
+) -> Any:
+    """The blocks of tokens that see one another, which the host takes from means of queries and keys.
+
+    Raises:
+        ConceptMapsError: the attention is to be replaced, which goes with a mask of tokens alone.
+    """
+    if listener.restricts:
+        raise ConceptMapsError(
+            "this Kandinsky 5 has sparse attention, whose pattern is made anew in every layer and is too large as a "
+            "mask of tokens, so that guidance cannot replace it; use a checkpoint with dense attention"
+        )
+    return nablaT_v2(query, key, sparse["sta_mask"], thr=sparse["P"])
 
 
 BACKBONE = Kandinsky5Backbone()

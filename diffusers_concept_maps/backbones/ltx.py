@@ -14,11 +14,12 @@ from typing import Any, ClassVar, cast
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.transformers.transformer_ltx import LTXAttention, LTXVideoAttnProcessor
+from diffusers.models.transformers.transformer_ltx import LTXAttention, LTXVideoAttnProcessor, apply_rotary_emb
 
 from diffusers_concept_maps.backbones._base import CrossBackbone, Grid, Site
 from diffusers_concept_maps.errors import ConceptMapsError
 from diffusers_concept_maps.processors._base import ConceptProcessor
+from diffusers_concept_maps.processors.video import attend_video
 from diffusers_concept_maps.tokens import check_encoders, undisturbed, word_tokens
 
 _TEXT_TOKENS = 128
@@ -37,6 +38,10 @@ class LTXBackbone(CrossBackbone):
     def sites(self, transformer: Any) -> list[Site]:
         """See `Backbone.sites`."""
         return [Site(block, block.attn2) for block in transformer.transformer_blocks]
+
+    def matching_sites(self, transformer: Any) -> list[Site]:
+        """See `Backbone.matching_sites`."""
+        return [Site(block, block.attn1) for block in transformer.transformer_blocks]
 
     def heads(self, transformer: Any) -> int:
         """See `Backbone.heads`."""
@@ -114,40 +119,50 @@ class ConceptLTXVideoAttnProcessor(ConceptProcessor, LTXVideoAttnProcessor):
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: Any = None,
     ) -> torch.Tensor:
-        """Attention of video `[batch, N, width]` to text `[batch, T, width]`."""
-        recorder = self.recorder
-        if recorder is None or encoder_hidden_states is None or not recorder.records(attn):
+        """Attention of video `[batch, N, width]` to text `[batch, T, width]` or, where there is none, to itself."""
+        recorder = self.listener(attn)
+        if recorder is None:
             stock: Any = super()
             return cast(
                 torch.Tensor,
                 stock.__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb),
             )
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         if attention_mask is not None:
-            batch, count, _ = encoder_hidden_states.shape
+            batch, count, _ = context.shape
             attention_mask = attn.prepare_attention_mask(attention_mask, count, batch)
             attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
-        query, key = attn.to_q(hidden_states), attn.to_k(encoder_hidden_states)
-        value = _split_heads(attn, attn.to_v(encoder_hidden_states))
-        query, key = _split_heads(attn, attn.norm_q(query)), _split_heads(attn, attn.norm_k(key))
-        output = dispatch_attention_fn(
-            query,
-            key,
-            value,
-            attn_mask=attention_mask,
-            dropout_p=0.0,
-            is_causal=False,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )
+        query, key, value = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        if image_rotary_emb is not None:
+            query, key = apply_rotary_emb(query, image_rotary_emb), apply_rotary_emb(key, image_rotary_emb)
+        query, key, value = (_split_heads(attn, states) for states in (query, key, value))
+        if encoder_hidden_states is None:
+            output = attend_video(recorder, attn, (query, key, value), attention_mask, self._attend)
+        else:
+            output = self._attend(query, key, value, attention_mask)
         result = attn.to_out[1](attn.to_out[0](output.flatten(2, 3).to(query.dtype)))
-        recorder.observe_crossing(
-            attn,
-            query.transpose(1, 2),
-            output.transpose(1, 2),
-            key.transpose(1, 2),
-            partial(self.project_key, attn),
-        )
+        if encoder_hidden_states is not None:
+            query, output, key = (tensor.transpose(1, 2) for tensor in (query, output, key))
+            recorder.observe_crossing(attn, query, output, key, partial(self.project_key, attn))
         return cast(torch.Tensor, result)
+
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        return cast(
+            torch.Tensor,
+            dispatch_attention_fn(
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                dropout_p=0.0,
+                is_causal=False,
+                backend=self._attention_backend,
+                parallel_config=self._parallel_config,
+            ),
+        )
 
     def project_key(self, attn: LTXAttention, text: torch.Tensor) -> torch.Tensor:
         """See `ConceptProcessor.project_key`."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -19,13 +19,19 @@ from diffusers.models.transformers.transformer_ltx2 import (
     LTX2Attention,
     LTX2AudioVideoAttnProcessor,
     LTX2PerturbedAttnProcessor,
+    apply_interleaved_rotary_emb,
+    apply_split_rotary_emb,
 )
-from torch import nn
 
 from diffusers_concept_maps.backbones._base import CrossBackbone, Grid, Site
 from diffusers_concept_maps.errors import ConceptMapsError
 from diffusers_concept_maps.processors._base import ConceptProcessor
+from diffusers_concept_maps.processors.video import attend_video
 from diffusers_concept_maps.tokens import check_encoders, token_spans, undisturbed, word_tokens, words_first
+
+if TYPE_CHECKING:
+    from diffusers_concept_maps.compiled import Relay
+    from diffusers_concept_maps.listener import PassListener
 
 _TEXT_TOKENS = 1024
 
@@ -42,6 +48,10 @@ class LTX2Backbone(CrossBackbone):
     def sites(self, transformer: Any) -> list[Site]:
         """See `Backbone.sites`."""
         return [Site(block, block.attn2) for block in transformer.transformer_blocks]
+
+    def matching_sites(self, transformer: Any) -> list[Site]:
+        """See `Backbone.matching_sites`."""
+        return [Site(block, block.attn1) for block in transformer.transformer_blocks]
 
     def heads(self, transformer: Any) -> int:
         """See `Backbone.heads`."""
@@ -123,48 +133,63 @@ class LTX2Backbone(CrossBackbone):
 
 
 class _LTX2Processor(ConceptProcessor):
-    def _shows(self, attn: nn.Module) -> bool:
-        return self.recorder is not None and self.recorder.records(attn)
+    _attention_backend: Any
+    _parallel_config: Any
 
-    def _read_text(
-        self, attn: Any, hidden_states: torch.Tensor, text: torch.Tensor, mask: torch.Tensor | None
+    def _show(
+        self,
+        listener: PassListener[Any] | Relay,
+        attn: Any,
+        video: torch.Tensor,
+        text: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        rotary: tuple[Any, Any],
+        perturbation: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attention of video `[batch, N, width]` to text `[batch, T, width]`, in the host's order of operations."""
+        """Attention of video `[batch, N, width]` to text `[batch, T, width]` or, where there is none, to itself."""
+        context = video if text is None else text
         if mask is not None:
-            mask = attn.prepare_attention_mask(mask, text.shape[1], text.shape[0])
-            mask = mask.view(text.shape[0], attn.heads, -1, mask.shape[-1])
-        gates = None if attn.to_gate_logits is None else attn.to_gate_logits(hidden_states)
-        query, key, value = self._project(attn, hidden_states, text)
-        query, key = _split_heads(attn, attn.norm_q(query)), _split_heads(attn, attn.norm_k(key))
-        value = _split_heads(attn, value)
-        backend: Any = self
-        output = dispatch_attention_fn(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=0.0,
-            is_causal=False,
-            backend=backend._attention_backend,
-            parallel_config=backend._parallel_config,
-        )
+            mask = attn.prepare_attention_mask(mask, context.shape[1], context.shape[0])
+            mask = mask.view(context.shape[0], attn.heads, -1, mask.shape[-1])
+        gates = None if attn.to_gate_logits is None else attn.to_gate_logits(video)
+        query, key, value = self._project(attn, video, context)
+        query, key = _rotate(attn, attn.norm_q(query), attn.norm_k(key), *rotary)
+        query, key, value = (_split_heads(attn, states) for states in (query, key, value))
+        if text is None:
+            output = attend_video(listener, attn, (query, key, value), mask, self._attend)
+        else:
+            output = self._attend(query, key, value, mask)
         states = output.flatten(2, 3).to(query.dtype)
+        if perturbation is not None:
+            states = torch.lerp(value.flatten(2, 3), states, perturbation)
         if gates is not None:
             states = (_split_heads(attn, states) * (2.0 * torch.sigmoid(gates)).unsqueeze(-1)).flatten(2, 3)
         states = attn.to_out[1](attn.to_out[0](states))
-        assert self.recorder is not None  # `_shows` has looked
-        self.recorder.observe_crossing(
-            attn,
-            query.transpose(1, 2),
-            output.transpose(1, 2),
-            key.transpose(1, 2),
-            partial(self.project_key, attn),
-        )
+        if text is not None:
+            query, output, key = (tensor.transpose(1, 2) for tensor in (query, output, key))
+            listener.observe_crossing(attn, query, output, key, partial(self.project_key, attn))
         return cast(torch.Tensor, states)
 
-    def _project(self, attn: Any, video: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        return cast(
+            torch.Tensor,
+            dispatch_attention_fn(
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                dropout_p=0.0,
+                is_causal=False,
+                backend=self._attention_backend,
+                parallel_config=self._parallel_config,
+            ),
+        )
+
+    def _project(self, attn: Any, video: torch.Tensor, context: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Query, key and value `[batch, token, width]`."""
-        return attn.to_q(video), attn.to_k(text), attn.to_v(text)
+        return attn.to_q(video), attn.to_k(context), attn.to_v(context)
 
     def project_key(self, attn: LTX2Attention, text: torch.Tensor) -> torch.Tensor:
         """See `ConceptProcessor.project_key`."""
@@ -185,18 +210,20 @@ class ConceptLTX2AudioVideoAttnProcessor(_LTX2Processor, LTX2AudioVideoAttnProce
         query_rotary_emb: Any = None,
         key_rotary_emb: Any = None,
     ) -> torch.Tensor:
-        """As the stock processor; where video reads text, which has no positions, for the capture to see."""
-        if encoder_hidden_states is not None and self._shows(attn):
-            return self._read_text(attn, hidden_states, encoder_hidden_states, attention_mask)
+        """As the stock processor; where video reads the text or itself, for those who listen to see."""
+        listener, rotary = self.listener(attn), (query_rotary_emb, key_rotary_emb)
+        if listener is not None:
+            return self._show(listener, attn, hidden_states, encoder_hidden_states, attention_mask, rotary)
         stock: Any = super()
-        result = stock.__call__(
-            attn, hidden_states, encoder_hidden_states, attention_mask, query_rotary_emb, key_rotary_emb
-        )
+        result = stock.__call__(attn, hidden_states, encoder_hidden_states, attention_mask, *rotary)
         return cast(torch.Tensor, result)
 
 
 class ConceptLTX2PerturbedAttnProcessor(_LTX2Processor, LTX2PerturbedAttnProcessor):
-    """Drop-in for `LTX2PerturbedAttnProcessor`, which perturbs self-attention alone."""
+    """Drop-in for `LTX2PerturbedAttnProcessor`, which perturbs self-attention alone.
+
+    Where all of it is perturbed, there is no attention to show; where some of it is, what is shown is before that.
+    """
 
     stock: ClassVar[type | None] = LTX2PerturbedAttnProcessor
 
@@ -211,19 +238,29 @@ class ConceptLTX2PerturbedAttnProcessor(_LTX2Processor, LTX2PerturbedAttnProcess
         perturbation_mask: torch.Tensor | None = None,
         all_perturbed: bool | None = None,
     ) -> torch.Tensor:
-        """As the stock processor; where video reads text, which has no positions, for the capture to see."""
-        if encoder_hidden_states is not None and self._shows(attn):
-            return self._read_text(attn, hidden_states, encoder_hidden_states, attention_mask)
+        """As the stock processor; where video reads the text or itself, for those who listen to see."""
+        listener, rotary = self.listener(attn), (query_rotary_emb, key_rotary_emb)
+        given = (attn, hidden_states, encoder_hidden_states, attention_mask)
+        if all_perturbed is None and listener is not None:
+            all_perturbed = perturbation_mask is not None and bool((perturbation_mask == 0).all())
+        if listener is not None and not all_perturbed:
+            return self._show(listener, *given, rotary, perturbation_mask)
         stock: Any = super()
-        rotary = (query_rotary_emb, key_rotary_emb)
-        result = stock.__call__(
-            attn, hidden_states, encoder_hidden_states, attention_mask, *rotary, perturbation_mask, all_perturbed
-        )
-        return cast(torch.Tensor, result)
+        return cast(torch.Tensor, stock.__call__(*given, *rotary, perturbation_mask, all_perturbed))
 
-    def _project(self, attn: Any, video: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        value = attn.to_v(text)  # first, as in the stock class: checkpointing goes by the order
-        return attn.to_q(video), attn.to_k(text), value
+    def _project(self, attn: Any, video: torch.Tensor, context: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        value = attn.to_v(context)  # first, as in the stock class: checkpointing goes by the order
+        return attn.to_q(video), attn.to_k(context), value
+
+
+def _rotate(
+    attn: Any, query: torch.Tensor, key: torch.Tensor, query_rotary: Any, key_rotary: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Query and key `[batch, token, width]` turned by their positions, where they have some."""
+    if query_rotary is None:
+        return query, key
+    turn = apply_interleaved_rotary_emb if attn.rope_type == "interleaved" else apply_split_rotary_emb
+    return turn(query, query_rotary), turn(key, query_rotary if key_rotary is None else key_rotary)
 
 
 def _split_heads(attn: Any, states: torch.Tensor) -> torch.Tensor:

@@ -104,8 +104,8 @@ class ConceptMochiAttnProcessor2_0(ConceptProcessor, MochiAttnProcessor2_0):
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> Any:
         """Attention of `[video | text]`; video `[batch, N, width]` and text `[batch, T, text]` in, the same out."""
-        recorder = self.recorder
-        if recorder is None or not recorder.records(attn):
+        recorder = self.listener(attn)
+        if recorder is None:
             stock: Any = super()
             return stock.__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         if recorder.answering:
@@ -114,13 +114,19 @@ class ConceptMochiAttnProcessor2_0(ConceptProcessor, MochiAttnProcessor2_0):
         video, text = _project_video(attn, hidden_states), _project_text(attn, encoder_hidden_states)
         if image_rotary_emb is not None:
             video = _rotate(video[0], *image_rotary_emb), _rotate(video[1], *image_rotary_emb), video[2]
-        rows = range(hidden_states.shape[0])
-        output = torch.cat([_attend_row(video, text, attention_mask, row) for row in rows], dim=0)
         count = hidden_states.shape[1]
+        at_text, at_image = slice(count, None), slice(0, count)
+        query, key, value = (torch.cat(pair, dim=2) for pair in zip(video, text, strict=True))
+        if recorder.restricts:
+            seen = functional.pad(attention_mask.bool(), (count, 0), value=True)[:, None]
+            output = recorder.restrict(query, key, value, text=at_text, image=at_image, mask=seen[:, None])
+            output = output.masked_fill(~seen[..., None], 0)
+        else:
+            rows = range(hidden_states.shape[0])
+            output = torch.cat([_attend_row(video, text, attention_mask, row) for row in rows], dim=0)
         states, text_states = output.transpose(1, 2).flatten(2, 3).tensor_split([count], dim=1)
         result = attn.to_out[1](attn.to_out[0](states)), _finish_text(attn, text_states)
-        query, key, value = (torch.cat(pair, dim=2) for pair in zip(video, text, strict=True))
-        recorder.observe(attn, query, key, value, output, text=slice(count, None), image=slice(0, count))
+        recorder.observe(attn, query, key, value, output, text=at_text, image=at_image)
         return result
 
 

@@ -1,9 +1,13 @@
 """Sana-Video: text to video and image to video.
 
-Self-attention of the video is linear, without probabilities, and is left alone; its cross-attention to text is where
-maps come from. Text is Gemma's states behind the model's caption projection and norm, which no block updates, without
-positions. Concepts go through projection and norm as well and have keys in every block; the prompt's mask does not
-touch them. Gemma reads concepts, like prompts, behind the instruction that is the pipeline's default.
+Self-attention of the video is linear; its cross-attention to text is where maps come from. Text is Gemma's states
+behind the model's caption projection and norm, which no block updates, without positions. Concepts go through
+projection and norm as well and have keys in every block; the prompt's mask does not touch them. Gemma reads concepts,
+like prompts, behind the instruction that is the pipeline's default.
+
+What is shown of self-attention are keys behind ReLU and rotary embedding and queries likewise, divided by the sum that
+normalizes their weights, in float32: query times key is the weight itself, without scale and softmax, and may be
+negative. To match tokens is to look for the largest of these; a softmax of them is almost flat, and no probability.
 """
 
 from __future__ import annotations
@@ -11,16 +15,22 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention
-from diffusers.models.transformers.transformer_sana_video import SanaAttnProcessor2_0
+from diffusers.models.transformers.transformer_sana_video import SanaAttnProcessor2_0, SanaLinearAttnProcessor3_0
+from torch.nn import functional
 
 from diffusers_concept_maps.backbones._base import CrossBackbone, Grid, Site
 from diffusers_concept_maps.processors._base import ConceptProcessor
+from diffusers_concept_maps.processors.video import rotate_pairs
 from diffusers_concept_maps.tokens import check_encoders, token_spans, undisturbed, word_tokens, words_first
+
+if TYPE_CHECKING:
+    from diffusers_concept_maps.compiled import Relay
+    from diffusers_concept_maps.listener import PassListener
 
 _TEXT_TOKENS = 300
 _LTX2_CHANNELS = 128
@@ -34,6 +44,10 @@ class SanaVideoBackbone(CrossBackbone):
     def sites(self, transformer: Any) -> list[Site]:
         """See `Backbone.sites`."""
         return [Site(block, block.attn2) for block in transformer.transformer_blocks]
+
+    def matching_sites(self, transformer: Any) -> list[Site]:
+        """See `Backbone.matching_sites`."""
+        return [Site(block, block.attn1) for block in transformer.transformer_blocks]
 
     def heads(self, transformer: Any) -> int:
         """See `Backbone.heads`."""
@@ -123,8 +137,8 @@ class ConceptSanaVideoAttnProcessor2_0(ConceptProcessor, SanaAttnProcessor2_0):
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of video `[batch, N, width]` to text `[batch, T, width]`."""
-        recorder = self.recorder
-        if recorder is None or encoder_hidden_states is None or not recorder.records(attn):
+        recorder = self.listener(attn)
+        if recorder is None or encoder_hidden_states is None:
             stock: Any = super()
             return cast(torch.Tensor, stock.__call__(attn, hidden_states, encoder_hidden_states, attention_mask))
         if attention_mask is not None:
@@ -162,6 +176,69 @@ class ConceptSanaVideoAttnProcessor2_0(ConceptProcessor, SanaAttnProcessor2_0):
     @staticmethod
     def _finish_key(attn: Attention, key: torch.Tensor) -> torch.Tensor:
         return _split_heads(attn, key if attn.norm_k is None else attn.norm_k(key))
+
+
+class ConceptSanaLinearAttnProcessor3_0(ConceptProcessor, SanaLinearAttnProcessor3_0):
+    """Drop-in for Sana-Video's `SanaLinearAttnProcessor3_0`, in its order of operations."""
+
+    stock: ClassVar[type | None] = SanaLinearAttnProcessor3_0
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        rotary_emb: Any = None,
+    ) -> torch.Tensor:
+        """Linear attention of video `[batch, N, width]` to itself."""
+        listener = self.listener(attn)
+        if listener is None:
+            stock: Any = super()
+            return cast(
+                torch.Tensor,
+                stock.__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb),
+            )
+        query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        query = query if attn.norm_q is None else attn.norm_q(query)
+        key = key if attn.norm_k is None else attn.norm_k(key)
+        query, key, value = (states.unflatten(2, (attn.heads, -1)) for states in (query, key, value))
+        query, key = functional.relu(query), functional.relu(key)
+        turned = (rotate_pairs(query, *rotary_emb), rotate_pairs(key, *rotary_emb), value)
+        query, key = query.permute(0, 2, 3, 1), key.permute(0, 2, 3, 1)
+        shares = 1 / (key.sum(dim=-1, keepdim=True).transpose(-2, -1) @ query + 1e-15)
+        query, key, value = (states.permute(0, 2, 3, 1).float() for states in turned)
+        output = _attend_linearly(listener, attn, query, key, value, shares)
+        states = output.flatten(1, 2).transpose(1, 2).to(hidden_states.dtype)
+        return cast(torch.Tensor, attn.to_out[1](attn.to_out[0](states)))
+
+
+def _attend_linearly(
+    listener: PassListener[Any] | Relay,
+    attn: Attention,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    shares: torch.Tensor,
+) -> torch.Tensor:
+    """Attention output `[batch, H, D, N]` of queries, keys and values alike, and shown, or what is put in its place.
+
+    Args:
+        listener: who is to be told of the call.
+        attn: the attention module.
+        query: `[batch, H, D, N]`.
+        key: likewise.
+        value: likewise.
+        shares: what normalizes the weights of every query `[batch, H, 1, N]`.
+    """
+    heads = ((query * shares).mT, key.mT, value.mT)
+    text, image = slice(0, 0), slice(0, None)
+    if listener.restricts:
+        output = listener.restrict(*heads, text=text, image=image, linear=True).mT
+    else:
+        output = torch.matmul(torch.matmul(value, key.transpose(-1, -2)), query) * shares
+    listener.observe(attn, *heads, output.mT, text=text, image=image)
+    return output
 
 
 def _split_heads(attn: Attention, states: torch.Tensor) -> torch.Tensor:

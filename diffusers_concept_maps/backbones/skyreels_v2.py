@@ -13,7 +13,7 @@ from typing import ClassVar
 from diffusers.models.transformers.transformer_skyreels_v2 import SkyReelsV2AttnProcessor
 
 from diffusers_concept_maps.backbones._base import Preset
-from diffusers_concept_maps.backbones.wan import CrossAttnProcessor, WanBackbone
+from diffusers_concept_maps.backbones.wan import WanBackbone, WanConceptProcessor
 
 
 class SkyReelsV2Backbone(WanBackbone):
@@ -24,7 +24,7 @@ class SkyReelsV2Backbone(WanBackbone):
     context_parallel: ClassVar[bool] = False
 
 
-class ConceptSkyReelsV2AttnProcessor(CrossAttnProcessor, SkyReelsV2AttnProcessor):
+class ConceptSkyReelsV2AttnProcessor(WanConceptProcessor, SkyReelsV2AttnProcessor):
     """Drop-in for `SkyReelsV2AttnProcessor`."""
 
     stock: ClassVar[type | None] = SkyReelsV2AttnProcessor

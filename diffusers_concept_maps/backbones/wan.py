@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -20,7 +20,12 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from diffusers_concept_maps.backbones._base import CrossBackbone, Grid, Preset, Site
 from diffusers_concept_maps.heads import HeadSelection
 from diffusers_concept_maps.processors._base import ConceptProcessor
+from diffusers_concept_maps.processors.video import attend_video, rotate_pairs
 from diffusers_concept_maps.tokens import check_encoders, undisturbed, word_tokens
+
+if TYPE_CHECKING:
+    from diffusers_concept_maps.compiled import Relay
+    from diffusers_concept_maps.listener import PassListener
 
 _TEXT_LENGTH = 512
 """Text tokens that the models were trained with; whatever more their attention is given are tokens of an image."""
@@ -59,6 +64,10 @@ class WanBackbone(CrossBackbone):
     def sites(self, transformer: Any) -> list[Site]:
         """See `Backbone.sites`."""
         return [Site(block, block.attn2) for block in transformer.blocks]
+
+    def matching_sites(self, transformer: Any) -> list[Site]:
+        """See `Backbone.matching_sites`."""
+        return [Site(block, block.attn1) for block in transformer.blocks]
 
     def heads(self, transformer: Any) -> int:
         """See `Backbone.heads`."""
@@ -119,8 +128,8 @@ def _reference_frames(transformer: Any, call: Mapping[str, Any]) -> int:
     return used.index(True) if True in used else 0
 
 
-class CrossAttnProcessor(ConceptProcessor):
-    """Cross-attention of Wan and its relatives, in the order of operations of their processors."""
+class WanConceptProcessor(ConceptProcessor):
+    """Both attentions of Wan and its relatives, in the order of operations of their processors."""
 
     _attention_backend: Any = None
     _parallel_config: Any = None
@@ -134,15 +143,16 @@ class CrossAttnProcessor(ConceptProcessor):
         attention_mask: torch.Tensor | None = None,
         rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Video `[batch, N, width]` reads `[image | text]`; self-attention is left to the stock class."""
-        recorder = self.recorder
-        if recorder is None or not recorder.records(attn):
+        """Video `[batch, N, width]` reads `[image | text]` or, where there is none, itself."""
+        recorder = self.listener(attn)
+        if recorder is None:
             stock: Any = super()
             return cast(
                 torch.Tensor,
                 stock.__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb),
             )
-        assert encoder_hidden_states is not None  # the layers are cross-attention, which has no positions
+        if encoder_hidden_states is None:
+            return self._read_video(recorder, attn, hidden_states, attention_mask, rotary_emb)
         image, text = None, encoder_hidden_states
         if attn.add_k_proj is not None:
             count = text.shape[1] - _TEXT_LENGTH
@@ -150,8 +160,9 @@ class CrossAttnProcessor(ConceptProcessor):
         query, (key, value) = attn.to_q(hidden_states), _project(attn, text)
         query, key = attn.norm_q(query), attn.norm_k(key)
         query, key, value = (_split_heads(attn, states) for states in (query, key, value))
-        states_image = None if image is None else self._attend(query, *_project_image(attn, image), None)
-        output = self._attend(query, key, value, attention_mask)
+        attend = partial(self._attend, splits=self.splits_video)
+        states_image = None if image is None else attend(query, *_project_image(attn, image), None)
+        output = attend(query, key, value, attention_mask)
         states = output.flatten(2, 3).type_as(query)
         if states_image is not None:
             states = states + states_image.flatten(2, 3).type_as(query)
@@ -164,8 +175,31 @@ class CrossAttnProcessor(ConceptProcessor):
         """See `ConceptProcessor.project_key`."""
         return _project_key(attn, text)
 
+    def _read_video(
+        self,
+        listener: PassListener[Any] | Relay,
+        attn: Any,
+        video: torch.Tensor,
+        mask: torch.Tensor | None,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> torch.Tensor:
+        query, key, value = _project_video(attn, video)
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        query, key, value = (_split_heads(attn, states) for states in (query, key, value))
+        if rotary is not None:
+            query, key = rotate_pairs(query, *rotary), rotate_pairs(key, *rotary)
+        attend = partial(self._attend, splits=True)
+        output = attend_video(listener, attn, (query, key, value), mask, attend)
+        states = output.flatten(2, 3).type_as(query)
+        return cast(torch.Tensor, attn.to_out[1](attn.to_out[0](states)))
+
     def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        splits: bool,
     ) -> torch.Tensor:
         return cast(
             torch.Tensor,
@@ -177,12 +211,12 @@ class CrossAttnProcessor(ConceptProcessor):
                 dropout_p=0.0,
                 is_causal=False,
                 backend=self._attention_backend,
-                parallel_config=self._parallel_config if self.splits_video else None,
+                parallel_config=self._parallel_config if splits else None,
             ),
         )
 
 
-class ConceptWanAttnProcessor(CrossAttnProcessor, WanAttnProcessor):
+class ConceptWanAttnProcessor(WanConceptProcessor, WanAttnProcessor):
     """Drop-in for `WanAttnProcessor`."""
 
     stock: ClassVar[type | None] = WanAttnProcessor
@@ -191,6 +225,13 @@ class ConceptWanAttnProcessor(CrossAttnProcessor, WanAttnProcessor):
 def _split_heads(attn: Any, states: torch.Tensor) -> torch.Tensor:
     """`[batch, token, width]` to `[batch, token, H, D]`."""
     return cast(torch.Tensor, states.unflatten(2, (attn.heads, -1)))
+
+
+def _project_video(attn: Any, video: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Query, key and value of video `[batch, token, width]`, without norms."""
+    if attn.fused_projections:
+        return cast("tuple[torch.Tensor, ...]", attn.to_qkv(video).chunk(3, dim=-1))
+    return attn.to_q(video), attn.to_k(video), attn.to_v(video)
 
 
 def _project(attn: Any, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

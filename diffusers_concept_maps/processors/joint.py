@@ -67,7 +67,7 @@ class _SharedJointProcessor(ConceptProcessor):
             if not attn.is_cross_attention:
                 key[:, :, at_image] = apply_rotary_emb(key[:, :, at_image], image_rotary_emb)
         if recorder.restricts:
-            output = recorder.restrict(query, key, value, text=slice(0, text), image=at_image)
+            output = recorder.restrict(query, key, value, text=slice(0, text), image=at_image, mask=mask)
         elif joined is not None:
             output = joined.attend(query, key, value, text, mask)
         else:

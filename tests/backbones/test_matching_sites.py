@@ -1,0 +1,185 @@
+"""The attention in which image tokens see one another: it can be watched and replaced in every video family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from backbones._case import Case, Inputs, cast_inputs, find_cases
+from backbones._oracle import kept_state
+from torch.nn import functional
+
+from diffusers_concept_maps.attachment import Attachment
+from diffusers_concept_maps.backbones import Grid, find_backbone
+from diffusers_concept_maps.listener import Pass, PassListener
+
+CASES = [case for case in find_cases() if case.grid[0] > 1 and case.name != "Qwen-Image-Layered"]
+"""All that make videos; the frames of that one are the layers of an image."""
+
+
+@dataclass
+class Seen:
+    """What one attention call has shown."""
+
+    attention: Any
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    output: torch.Tensor
+    text: slice
+    image: slice
+
+
+@dataclass
+class Asked:
+    """What a replaced attention call was asked for."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    text: slice
+    image: slice
+    mask: torch.Tensor | None
+    linear: bool
+    grid: Grid
+
+
+class Watcher(PassListener[Pass]):
+    """Stores everything, and replaces attention where it is told how."""
+
+    way: Callable[[Asked], torch.Tensor] | None = None
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.seen: list[Seen] = []
+        self.asked: list[Asked] = []
+
+    def includes(self, place: Any) -> bool:
+        return True
+
+    def open(self, announced: Any, current: Pass, present: Any, device: torch.device) -> Pass:
+        return current
+
+    def observe(self, attention: Any, *heads: torch.Tensor, text: slice, image: slice, concepts: Any = None) -> None:
+        self.seen.append(Seen(attention, *(tensor.clone() for tensor in heads), text, image))
+
+    def restrict(self, *heads: torch.Tensor, mask: Any = None, linear: bool = False, **places: slice) -> torch.Tensor:
+        assert self._pass is not None
+        assert self.way is not None
+        self.asked.append(Asked(*heads, **places, mask=mask, linear=linear, grid=self._pass.grid))
+        return self.way(self.asked[-1])
+
+
+@contextmanager
+def watched(transformer: Any, way: Callable[[Asked], torch.Tensor] | None = None) -> Iterator[Watcher]:
+    backbone = find_backbone(transformer)
+    sites = {transformer: backbone.matching_sites(transformer)}
+    count = len(sites[transformer])
+    watcher = Watcher(backbone, sites, None, layers=range(count), branches=("cond",))
+    watcher.restricts, watcher.way = way is not None, way
+    attachment = Attachment(watcher, backbone, sites, deepest=count - 1)
+    try:
+        yield watcher
+    finally:
+        attachment.remove()
+
+
+@cache
+def transformer_of(case: Case) -> Any:
+    return case.make()
+
+
+def output_of(transformer: Any, inputs: Inputs) -> torch.Tensor:
+    with torch.no_grad():
+        return transformer(**inputs, return_dict=False)[0]
+
+
+def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, as a fraction of the largest number."""
+    return ((actual.double() - expected.double()).abs().max() / expected.abs().max()).item()
+
+
+def attend(asked: Asked, allowed: torch.Tensor | None = None) -> torch.Tensor:
+    """Plain attention over what the mask lets see and, if it is given, what is allowed `[S, S]`."""
+    if asked.linear:
+        weights = asked.query @ asked.key.mT
+        return (weights if allowed is None else weights * allowed) @ asked.value
+    mask = asked.mask
+    if allowed is not None and mask is not None:
+        mask = mask & allowed if mask.dtype == torch.bool else mask.masked_fill(~allowed, -torch.inf)
+    mask = allowed if mask is None else mask
+    return functional.scaled_dot_product_attention(asked.query, asked.key, asked.value, attn_mask=mask)
+
+
+def attend_within_frames(asked: Asked) -> torch.Tensor:
+    """No token of the grid sees one of another frame."""
+    frame = torch.full((asked.query.shape[2],), -1)
+    grid = asked.grid
+    frame[asked.image][grid.tokens] = torch.arange(grid.frames).repeat_interleave(grid.height * grid.width)
+    rows, columns = frame[:, None], frame[None]
+    return attend(asked, (rows == columns) | (rows < 0) | (columns < 0))
+
+
+def naive(seen: Seen, asked: Asked) -> torch.Tensor:
+    """The output of an attention call in float64, from what it has shown and the mask that a replacement is given."""
+    query, key, value = seen.query.double(), seen.key.double(), seen.value.double()
+    if asked.linear:
+        return (query @ key.mT) @ value
+    logits = query @ key.mT / query.shape[-1] ** 0.5
+    if asked.mask is not None and asked.mask.dtype == torch.bool:
+        logits = logits.masked_fill(~asked.mask, -torch.inf)
+    elif asked.mask is not None:
+        logits = logits + asked.mask.double()
+    blind = logits.isneginf().all(-1, keepdim=True)
+    return logits.softmax(-1).masked_fill(blind, 0) @ value
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+class TestEveryVideoFamily:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_watching_changes_nothing(self, case: Case, dtype: torch.dtype) -> None:
+        transformer = transformer_of(case) if dtype == torch.float32 else case.make().to(dtype)
+        for batch, length in ((1, case.text_lengths[-1]), (2, case.text_lengths[0])):
+            inputs = cast_inputs(case.inputs(batch, length, 1), dtype)
+            off, before = output_of(transformer, inputs), kept_state(transformer)
+            with watched(transformer) as watcher:
+                on = output_of(transformer, inputs)
+            assert off.isfinite().all()
+            assert torch.equal(on, off)
+            assert kept_state(transformer) == before
+            assert torch.equal(output_of(transformer, inputs), off)
+            sites = watcher._sites[transformer]
+            assert [seen.attention for seen in watcher.seen] == [site.attention for site in sites]
+            assert len(sites) == case.layers
+
+    def test_what_is_shown_gives_the_output(self, case: Case) -> None:
+        transformer, inputs = transformer_of(case), case.inputs(2, case.text_lengths[-1], 1)
+        with watched(transformer) as watcher:
+            output_of(transformer, inputs)
+        with watched(transformer, attend) as replaced:
+            output_of(transformer, inputs)
+        for seen, asked in zip(watcher.seen, replaced.asked, strict=True):
+            tokens = seen.query.shape[2]
+            assert len(range(tokens)[seen.image]) == case.start + case.tokens + case.behind
+            assert sorted([*range(tokens)[seen.text], *range(tokens)[seen.image]]) == [*range(tokens)]
+            assert not range(tokens)[seen.text] or case.joint
+            assert (asked.text, asked.image) == (seen.text, seen.image)
+            assert seen.output.shape == seen.query.shape == seen.key.shape == seen.value.shape
+            shown = seen.image if case.row_by_row else slice(None)  # where padding of the text reads nothing
+            assert distance(seen.output[:, :, shown], naive(seen, asked)[:, :, shown]) < 1e-5
+
+    def test_attention_is_replaced(self, case: Case) -> None:
+        transformer, inputs = transformer_of(case), case.inputs(2, case.text_lengths[-1], 1)
+        off, before = output_of(transformer, inputs), kept_state(transformer)
+        with watched(transformer, attend) as watcher:
+            assert distance(output_of(transformer, inputs), off) < 1e-4
+        assert len(watcher.asked) == len(watcher.seen) == case.layers
+        with watched(transformer, attend_within_frames):
+            assert distance(output_of(transformer, inputs), off) > 1e-2
+        assert kept_state(transformer) == before
+        assert torch.equal(output_of(transformer, inputs), off)
