@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,16 +11,22 @@ from typing import Any
 
 import pytest
 import torch
-from backbones._case import Case, Inputs, cast_inputs, find_cases
-from backbones._oracle import kept_state
+from backbones._case import Case, Inputs, cast_inputs, find_cases, seeded
+from backbones._oracle import embeds_of, kept_state
+from diffusers.models.attention_dispatch import attention_backend
 from torch.nn import functional
 
+import diffusers_concept_maps as dcm
 from diffusers_concept_maps.attachment import Attachment
 from diffusers_concept_maps.backbones import Grid, find_backbone
+from diffusers_concept_maps.errors import ConceptMapsError
 from diffusers_concept_maps.listener import Pass, PassListener
 
 CASES = [case for case in find_cases() if case.grid[0] > 1 and case.name != "Qwen-Image-Layered"]
 """All that make videos; the frames of that one are the layers of an image."""
+
+KNOWN = {case.name: case for case in CASES}
+DISPATCH = "dispatch_attention_fn"
 
 
 @dataclass
@@ -183,3 +190,139 @@ class TestEveryVideoFamily:
             assert distance(output_of(transformer, inputs), off) > 1e-2
         assert kept_state(transformer) == before
         assert torch.equal(output_of(transformer, inputs), off)
+
+
+@pytest.mark.parametrize("case", [*{case.make.__module__: case for case in reversed(CASES)}.values()], ids=str)
+def test_watching_a_compiled_model(case: Case) -> None:
+    """A graph shows the same, and gives what it gives unwatched."""
+    torch._dynamo.reset()
+    transformer, inputs = case.make(), case.inputs(2, case.text_lengths[-1], 1)
+    with watched(transformer) as eager:
+        output_of(transformer, inputs)
+    for site in find_backbone(transformer).matching_sites(transformer):
+        site.block.compile(fullgraph=True, backend="eager")
+    off = output_of(transformer, inputs)
+    with watched(transformer) as watcher:
+        assert torch.equal(output_of(transformer, inputs), off)
+    assert len(watcher.seen) == len(eager.seen) == case.layers
+    for seen, expected in zip(watcher.seen, eager.seen, strict=True):
+        assert seen.attention is expected.attention
+        tokens = range(seen.query.shape[2])
+        assert tokens[seen.image] == tokens[expected.image]
+        for name in ("query", "key", "value", "output"):
+            assert distance(getattr(seen, name), getattr(expected, name)) < 1e-4
+
+
+def check_watched(transformer: Any, inputs: Inputs) -> Watcher:
+    """Watching changes nothing, and attention is replaced."""
+    off = output_of(transformer, inputs)
+    with watched(transformer) as watcher:
+        assert torch.equal(output_of(transformer, inputs), off)
+    with watched(transformer, attend):
+        assert distance(output_of(transformer, inputs), off) < 1e-4
+    with watched(transformer, attend_within_frames):
+        assert distance(output_of(transformer, inputs), off) > 1e-2
+    return watcher
+
+
+@pytest.mark.parametrize("name", ["Wan 2.1", "SkyReels-V2 image-to-video"])
+def test_fused_projections(name: str) -> None:
+    transformer, inputs = KNOWN[name].make(), KNOWN[name].inputs(2, KNOWN[name].text_lengths[-1], 1)
+    for block in transformer.blocks:
+        block.attn1.fuse_projections()
+    assert check_watched(transformer, inputs).seen
+
+
+def test_two_who_listen_at_once() -> None:
+    """A capture reads the cross-attention while another one watches the video see itself, in the same processors."""
+    case = KNOWN["Wan 2.1"]
+    transformer, inputs, embeds = transformer_of(case), case.inputs(2, 5, 1), embeds_of(case)
+    off, before = output_of(transformer, inputs), kept_state(transformer)
+    with dcm.trace(transformer, concept_embeds=embeds, methods=case.methods) as expected:
+        output_of(transformer, inputs)
+    with dcm.trace(transformer, concept_embeds=embeds, methods=case.methods) as maps, watched(transformer) as watcher:
+        assert torch.equal(output_of(transformer, inputs), off)
+    assert len(watcher.seen) == case.layers
+    for method in case.methods:
+        assert torch.equal(maps.get(method), expected.get(method))
+    assert kept_state(transformer) == before
+
+
+@pytest.mark.parametrize("name", ["LTX-2", "LTX-2.3"])
+def test_mask_between_tokens_of_the_video(name: str) -> None:
+    """It comes as numbers to add, and a replacement is given it."""
+    case = KNOWN[name]
+    inputs = case.inputs(2, 5, 1)
+    tokens = case.tokens
+    inputs["video_self_attention_mask"] = (torch.arange(tokens) > 2).float().expand(2, tokens, tokens)
+    plain = output_of(transformer_of(case), case.inputs(2, 5, 1))
+    assert distance(output_of(transformer_of(case), inputs), plain) > 1e-3
+    check_watched(transformer_of(case), inputs)
+
+
+def test_perturbed_attention() -> None:
+    """Rows that are perturbed are shown as they are before; a block all of whose rows are has nothing to show."""
+    case = KNOWN["LTX-2.3"]
+    transformer, inputs = transformer_of(case), case.inputs(2, 5, 1)
+    plain = output_of(transformer, inputs)
+    with watched(transformer) as expected:
+        output_of(transformer, inputs)
+    some = inputs | {"spatio_temporal_guidance_blocks": [1], "perturbation_mask": torch.tensor([1.0, 0.0])}
+    assert distance(output_of(transformer, some), plain) > 1e-3
+    watcher = check_watched(transformer, some)
+    assert torch.equal(watcher.seen[1].output, expected.seen[1].output)
+    every = some | {"perturbation_mask": torch.zeros(2)}
+    off = output_of(transformer, every)
+    with watched(transformer) as watcher:
+        assert torch.equal(output_of(transformer, every), off)
+    blocks = transformer.transformer_blocks
+    assert [seen.attention for seen in watcher.seen] == [blocks[0].attn1, blocks[2].attn1]
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_sparse_attention(fraction: float) -> None:
+    """It is watched, and not replaced."""
+    case = KNOWN["Kandinsky 5"]
+    transformer, inputs = transformer_of(case), case.inputs(1, 5, 3)
+    inputs["hidden_states"] = seeded(1, 2, 16, 32, 4, seed=3)
+    inputs["visual_rope_pos"] = [torch.arange(count) for count in (2, 8, 16)]
+    squares = torch.eye(4, dtype=torch.bool)[None, None]
+    inputs["sparse_params"] = {"to_fractal": True, "sta_mask": squares, "P": fraction}
+    with attention_backend("flex"):
+        off, before = output_of(transformer, inputs), kept_state(transformer)
+        with watched(transformer) as watcher:
+            assert torch.equal(output_of(transformer, inputs), off)
+        assert [seen.query.shape for seen in watcher.seen] == [(1, 4, 256, 12)] * 3
+        if fraction == 1:
+            for seen in watcher.seen:
+                asked = Asked(seen.query, seen.key, seen.value, seen.text, seen.image, None, False, Grid(2, 8, 16))
+                assert distance(seen.output, naive(seen, asked)) < 1e-5
+        with watched(transformer, attend), pytest.raises(ConceptMapsError, match="^this Kandinsky 5 has sparse atten"):
+            output_of(transformer, inputs)
+        assert kept_state(transformer) == before
+        assert torch.equal(output_of(transformer, inputs), off)
+
+
+@pytest.mark.parametrize("name", ["Wan 2.1", "SkyReels-V2", "LTX-Video", "LTX-2", "Kandinsky 5", "HunyuanVideo"])
+def test_attention_backend_and_parallel_configuration(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention of the video is dispatched with what the host has told its processors."""
+    transformer, inputs = KNOWN[name].make(), KNOWN[name].inputs(1, 5, 1)
+    backbone, marker = find_backbone(transformer), object()
+    told: list[tuple[Any, Any]] = []
+    module = inspect.getmodule(
+        next(cls for cls in type(backbone).__mro__ if hasattr(inspect.getmodule(cls), DISPATCH))
+    )
+    dispatch = getattr(module, DISPATCH)
+
+    def note(*heads: torch.Tensor, backend: Any, parallel_config: Any, **options: Any) -> torch.Tensor:
+        told.append((backend, parallel_config))
+        return dispatch(*heads, **options)
+
+    off = output_of(transformer, inputs)
+    for site in backbone.matching_sites(transformer):
+        site.attention.processor._attention_backend = "native"
+        site.attention.processor._parallel_config = marker
+    monkeypatch.setattr(module, DISPATCH, note)
+    with watched(transformer) as watcher:
+        assert torch.equal(output_of(transformer, inputs), off)
+    assert told == [("native", marker)] * len(watcher.seen)
