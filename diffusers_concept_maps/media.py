@@ -177,6 +177,8 @@ def _video_file(path: Path, max_frames: int | None) -> Clip:
     errors = [line.split("[error] ")[-1] for line in said if "[error] " in line]
     if process.returncode != 0 or not frames:
         reason = "; ".join(errors[:2]) or f"exit status {process.returncode}, {len(frames)} frames"
+        if any("Input #0" in line for line in said) and not any("Video: " in line for line in said):
+            reason = "it holds no pictures"
         raise ConceptMapsError(f"cannot read {str(path)!r} as a picture or a video: {reason}")
     if errors:
         logger.warning(

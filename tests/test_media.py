@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -286,10 +285,7 @@ def test_files_of_another_kind(tmp_path: Path, name: str, content: bytes, monkey
 def test_a_video_without_its_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = encode(tmp_path / "a.mkv", PIXELS, "-c:v", "ffv1", "-pix_fmt", "bgr0")
     path.write_bytes(path.read_bytes()[:-3000])
-    logger = logging.getLogger("diffusers_concept_maps.media")
-    logger.addHandler(caplog.handler)
     clip = read_frames(path)
-    logger.removeHandler(caplog.handler)
     count = len(clip.frames)
     assert 0 < count < FRAMES
     assert torch.equal(clip.frames[: count - 1], expected(PIXELS[: count - 1]))
@@ -300,7 +296,7 @@ def test_a_video_without_its_end(tmp_path: Path, caplog: pytest.LogCaptureFixtur
 
 def test_sound_is_no_video(tmp_path: Path) -> None:
     ffmpeg("-f", "lavfi", "-i", "sine=duration=0.1", str(tmp_path / "a.wav"))
-    with pytest.raises(dcm.ConceptMapsError, match=r"a\.wav' as a picture or a video: .*matches no streams"):
+    with pytest.raises(dcm.ConceptMapsError, match=r"a\.wav' as a picture or a video: it holds no pictures"):
         read_frames(tmp_path / "a.wav")
 
 
