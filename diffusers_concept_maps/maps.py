@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
 from diffusers_concept_maps.files import whole_file
+from diffusers_concept_maps.fitting import Fit
+from diffusers_concept_maps.media import read_frames
 from diffusers_concept_maps.upsample import spread_frames, upsample_map
 
 if TYPE_CHECKING:
@@ -167,19 +169,57 @@ class ConceptMaps:
             )
         return ConceptMap(concept, self.get(method)[:, self.concepts.index(concept)], **self.geometry)
 
-    def upsample(self, size: tuple[int, int], frames: int, method: str | None = None) -> torch.Tensor:
+    def upsample(
+        self,
+        size: tuple[int, int] | None = None,
+        frames: int | None = None,
+        method: str | None = None,
+        *,
+        mode: str = "bilinear",
+        temporal: str = "nearest",
+        guide: Any = None,
+    ) -> torch.Tensor:
         """Maps in pixels.
 
+        Maps of `encode` know the clip they are of: on its number of frames (those the model has seen), what was padded
+        is left out.
+
         Args:
-            size: `(height, width)` in pixels.
-            frames: number of video frames.
+            size: `(height, width)` in pixels; None is that of the guide, or of the clip that `encode` was given.
+            frames: number of video frames; None likewise.
             method: one of `methods`; None is the first.
+            mode: in space, "bilinear", "nearest", or "guided": with the edges of `guide` (needs the `guided` extra).
+            temporal: "nearest" or "linear"; see `spread_frames`.
+            guide: the frames of this size and number, as for `media.read_frames`, for "guided" only.
 
         Returns:
-            float32 CPU tensor `[batch, concept, frames, height, width]`: bilinear in space; in time every video frame
-            takes the token frame that covers it (see `spread_frames`).
+            float32 CPU tensor `[batch, concept, frames, height, width]`.
+
+        Raises:
+            ConceptMapsValueError: neither a size or number of frames nor where to take it from, or as `upsample_map`.
+            ConceptMapsError: as `get` and `upsample_map`.
         """
-        return upsample_map(self.get(method), size, frames, **self.geometry)
+        maps = self.get(method)
+        if guide is not None:
+            if maps.shape[0] > 1:
+                raise ConceptMapsValueError(
+                    f"one guide for maps of {maps.shape[0]} videos; upsample each with upsample.upsample_map instead"
+                )
+            guide = read_frames(guide).frames
+        fit = Fit.from_json(self.metadata["source"]) if "source" in self.metadata else None
+        known = (fit.covered, *fit.source[1:]) if fit is not None else None
+        if guide is not None:
+            known = guide.shape[0], guide.shape[2], guide.shape[3]
+        if size is None or frames is None:
+            if known is None:
+                raise ConceptMapsValueError(
+                    f"size is {size} and frames {frames}, and these maps are of no clip to take them from; expected "
+                    f"size=(height, width) in pixels and a number of frames"
+                )
+            size, frames = size or known[1:], known[0] if frames is None else frames
+        padding = fit.padding if fit is not None and frames == fit.covered else 0
+        options: dict[str, Any] = {"mode": mode, "temporal": temporal, "padding": padding, **self.geometry}
+        return upsample_map(maps, size, frames, guide=guide, **options)
 
     @property
     def geometry(self) -> dict[str, Any]:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 
 from diffusers_concept_maps.errors import ConceptMapsValueError
+from diffusers_concept_maps.guided import follow_edges
+
+_MODES = ("bilinear", "nearest", "guided")
+_TEMPORAL = ("nearest", "linear")
 
 
 def upsample_map(
@@ -12,15 +16,24 @@ def upsample_map(
     size: tuple[int, int],
     frames: int,
     *,
+    mode: str = "bilinear",
+    temporal: str = "nearest",
+    guide: torch.Tensor | None = None,
+    padding: int = 0,
     frames_per_latent: int | None = None,
     latents_per_token: int = 1,
 ) -> torch.Tensor:
-    """Bring maps from the token grid to pixels: bilinear in space, the covering token frame in time.
+    """Bring maps from the token grid to pixels.
 
     Args:
-        maps: `[..., token_frames, height, width]`.
+        maps: `[..., token_frames, height, width]`; whole numbers, such as labels, only with "nearest" in both.
         size: `(height, width)` in pixels.
         frames: number of video frames.
+        mode: in space, "bilinear", "nearest" (the token a pixel lies in), or "guided": bilinear, then made to follow
+            the edges of `guide` (see `guided.follow_edges`).
+        temporal: as for `spread_frames`.
+        guide: float `[frames, 3, *size]` in 0..1, for "guided" only.
+        padding: as for `spread_frames`.
         frames_per_latent: as for `spread_frames`.
         latents_per_token: as for `spread_frames`.
 
@@ -28,20 +41,56 @@ def upsample_map(
         Tensor `[..., frames, *size]` of the same dtype.
 
     Raises:
-        ConceptMapsValueError: a size below 1.
+        ConceptMapsValueError: a size below 1, an unknown mode, or a guide that is missing, not asked for or not of
+            these frames.
+        ConceptMapsError: kornia is not installed, for "guided".
     """
     if min(*size, frames) < 1:
         raise ConceptMapsValueError(f"size {size} with {frames} frames; expected at least one pixel and one frame")
+    if mode not in _MODES:
+        raise ConceptMapsValueError(f"mode is {mode!r}; expected one of {', '.join(_MODES)}")
+    if (mode == "guided") != (guide is not None):
+        raise ConceptMapsValueError(
+            f"mode is {mode!r} {'without' if guide is None else 'with'} a guide; expected frames to follow as `guide` "
+            f'with mode="guided", and with that alone'
+        )
+    scaled = _nearest(maps, size) if mode == "nearest" else _bilinear(maps, size)
+    scaled = spread_frames(
+        scaled,
+        frames,
+        temporal=temporal,
+        padding=padding,
+        frames_per_latent=frames_per_latent,
+        latents_per_token=latents_per_token,
+    )
+    return scaled if guide is None else follow_edges(scaled, guide, (maps.shape[-2], maps.shape[-1]))
+
+
+def _bilinear(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     flat = maps.reshape(-1, 1, *maps.shape[-2:])
     scaled = torch.nn.functional.interpolate(flat, size=size, mode="bilinear", align_corners=False)
-    scaled = scaled.view(*maps.shape[:-2], *size)
-    return spread_frames(scaled, frames, frames_per_latent=frames_per_latent, latents_per_token=latents_per_token)
+    return scaled.view(*maps.shape[:-2], *size)
+
+
+def _nearest(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """The token that the center of a pixel lies in, in whole numbers and for every dtype."""
+    rows, columns = (
+        (2 * torch.arange(pixels, device=maps.device) + 1) * tokens // (2 * pixels)
+        for tokens, pixels in zip(maps.shape[-2:], size, strict=True)
+    )
+    return maps[..., rows[:, None], columns]
 
 
 def spread_frames(
-    maps: torch.Tensor, frames: int, *, frames_per_latent: int | None = None, latents_per_token: int = 1
+    maps: torch.Tensor,
+    frames: int,
+    *,
+    temporal: str = "nearest",
+    padding: int = 0,
+    frames_per_latent: int | None = None,
+    latents_per_token: int = 1,
 ) -> torch.Tensor:
-    """Give every video frame the map of the token frame that covers it.
+    """Give every video frame a map of the token frames.
 
     A causal video VAE decodes the first latent frame to one video frame and every later one to `frames_per_latent`;
     CogVideoX's decodes an even number of latent frames to `frames_per_latent` each, the first as well. A token frame
@@ -53,6 +102,10 @@ def spread_frames(
     Args:
         maps: `[..., token_frames, height, width]`.
         frames: number of video frames.
+        temporal: "nearest" gives a video frame the token frame that covers it. "linear" puts each token frame's map at
+            the middle of the video frames that it covers, and interpolates between these; before the first and after
+            the last middle nothing changes.
+        padding: video frames behind these, which the model was given and nobody wants to see.
         frames_per_latent: video frames per latent frame after the first; None if unknown.
         latents_per_token: latent frames per token frame.
 
@@ -60,12 +113,30 @@ def spread_frames(
         Tensor `[..., frames, height, width]` of the same dtype.
 
     Raises:
-        ConceptMapsValueError: there are no frames.
+        ConceptMapsValueError: there are no frames, or `temporal` is unknown.
     """
-    if frames < 1:
-        raise ConceptMapsValueError(f"{frames} video frames; expected at least one")
-    index = _covering(maps.shape[-3], frames, frames_per_latent, latents_per_token)
-    return maps[..., index.to(maps.device), :, :]
+    if frames < 1 or padding < 0:
+        raise ConceptMapsValueError(f"{frames} video frames and {padding} of padding; expected at least 1 and 0")
+    if temporal not in _TEMPORAL:
+        raise ConceptMapsValueError(f"temporal is {temporal!r}; expected one of {', '.join(_TEMPORAL)}")
+    index = _covering(maps.shape[-3], frames + padding, frames_per_latent, latents_per_token)
+    if temporal == "nearest":
+        return maps[..., index[:frames].to(maps.device), :, :]
+    before, after, weight = (part[:frames].to(maps.device) for part in _between(index))
+    return torch.lerp(maps[..., before, :, :], maps[..., after, :, :], weight.to(maps.dtype)[:, None, None])
+
+
+def _between(covering: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of every video frame, the token frames before and after it, and the weight of the latter."""
+    tokens, inverse, count = covering.unique(return_inverse=True, return_counts=True)
+    frames = torch.arange(len(covering), dtype=torch.float64)
+    middle = torch.zeros(len(tokens), dtype=torch.float64).index_add_(0, inverse, frames) / count
+    after = torch.searchsorted(middle, frames).clamp(max=len(tokens) - 1)
+    before = (after - 1).clamp(min=0)
+    gap = (middle[after] - middle[before]).clamp(
+        min=0.5
+    )  # middles are at least that far apart, unless one and the same
+    return tokens[before], tokens[after], ((frames - middle[before]) / gap).clamp(0, 1)
 
 
 def _covering(tokens: int, frames: int, frames_per_latent: int | None, latents_per_token: int) -> torch.Tensor:
