@@ -265,8 +265,8 @@ class ConceptMap:
         """Frames with the map laid over them, in one scale for the whole clip.
 
         Args:
-            frames: the frames of one video or image: PIL images, an array `[frame, height, width, 3]` or a tensor
-                `[frame, 3, height, width]` in 0..1.
+            frames: the frames of one video or image, as for `media.read_frames`: a path, PIL images, an array
+                `[frame, height, width, 3]` or a tensor `[frame, 3, height, width]` in 0..1.
             index: which map of the batch.
             opacity: of the map where it is strongest, 0 to 1.
 

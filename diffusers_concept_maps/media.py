@@ -238,8 +238,8 @@ def _from_array(source: np.ndarray | torch.Tensor, max_frames: int | None) -> Cl
     low, high = float(frames.min()), float(frames.max())  # not a number, if one is
     if not (low >= 0 and high <= 1):
         raise ConceptMapsValueError(
-            f"frames have values from {low:.3g} to {high:.3g}; expected uint8, or floats in 0..1 (latents are no "
-            f"frames)"
+            f"frames are {str(source.dtype).removeprefix('torch.')} from {low:.3g} to {high:.3g}; expected uint8, or "
+            f"floats in 0..1 as pipelines return them (latents are no frames)"
         )
     return Clip(frames.float().contiguous(), None, is_image)
 

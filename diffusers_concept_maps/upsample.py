@@ -115,8 +115,10 @@ def spread_frames(
     Raises:
         ConceptMapsValueError: there are no frames, or `temporal` is unknown.
     """
-    if frames < 1 or padding < 0:
-        raise ConceptMapsValueError(f"{frames} video frames and {padding} of padding; expected at least 1 and 0")
+    if frames < 1:
+        raise ConceptMapsValueError(f"{frames} video frames; expected at least one")
+    if padding < 0:
+        raise ConceptMapsValueError(f"{padding} frames of padding; expected none or more")
     if temporal not in _TEMPORAL:
         raise ConceptMapsValueError(f"temporal is {temporal!r}; expected one of {', '.join(_TEMPORAL)}")
     index = _covering(maps.shape[-3], frames + padding, frames_per_latent, latents_per_token)

@@ -326,7 +326,7 @@ def test_values_outside_of_what_a_screen_shows(value: float) -> None:
     frames = torch.full((2, 3, 4, 5), 0.5)
     frames[1, 2, 3, 4] = value
     for source in (frames, frames.permute(0, 2, 3, 1).numpy(), frames[1]):
-        with pytest.raises(dcm.ConceptMapsValueError, match=r"^frames have values from .* to .*; expected uint8, or"):
+        with pytest.raises(dcm.ConceptMapsValueError, match=r"^frames are float32 from .* to .*; expected uint8"):
             read_frames(source)
 
 

@@ -142,7 +142,7 @@ def test_no_clip_to_come_back_to(arguments: tuple[Any, ...]) -> None:
         ({"temporal": "cubic"}, "^temporal is 'cubic'; expected one of nearest, linear"),
         ({"mode": "guided"}, "^mode is 'guided' without a guide; expected frames to follow as `guide` with mode="),
         ({"guide": torch.zeros(9, 3, 8, 8)}, "^mode is 'bilinear' with a guide; expected frames to follow as `guide`"),
-        ({"padding": -1}, "^9 video frames and -1 of padding; expected at least 1 and 0"),
+        ({"padding": -1}, "^-1 frames of padding; expected none or more"),
         (
             {"mode": "guided", "guide": torch.zeros(9, 3, 8, 9)},
             r"^the guide has shape \(9, 3, 8, 9\); expected the frames that the maps are shown on, \(9, 3, 8, 8\)",

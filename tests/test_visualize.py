@@ -72,6 +72,7 @@ def test_all_kinds_of_frames_give_the_same_pictures(pixels: np.ndarray, concept_
         pixels,
         [Image.fromarray(frame) for frame in pixels],
         pixels.astype(np.float32) / 255,
+        torch.from_numpy(pixels).permute(0, 3, 1, 2),
         torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255,
     ]
     shown = [np.stack([np.asarray(picture) for picture in overlay(kind, concept_map)]) for kind in kinds]
@@ -87,14 +88,14 @@ def test_single_image_is_one_frame(pixels: np.ndarray) -> None:
     [
         [],
         ["x"],
-        np.zeros((4, 4, 3)),
+        np.zeros((4, 4)),
         np.zeros((0, 4, 4, 3)),
         torch.zeros(2, 4, 4, 3),
-        torch.zeros(2, 3, 4, 4, dtype=torch.uint8),
+        torch.zeros(2, 3, 4, 4, dtype=torch.bool),
     ],
 )
 def test_other_frames_are_refused(frames: object) -> None:
-    with pytest.raises(ConceptMapsValueError, match="expected the frames of one video"):
+    with pytest.raises(ConceptMapsValueError, match="^frames are .*; expected"):
         as_pictures(frames)
 
 
@@ -104,7 +105,7 @@ def test_other_frames_are_refused(frames: object) -> None:
         (torch.full((2, 3, 4, 4), -0.5), r"float32 from -0\.5 to -0\.5"),
         (np.full((2, 4, 4, 3), 1.5), r"float64 from 1\.5 to 1\.5"),
         (np.full((2, 4, 4, 3), np.nan), "float64 from nan to nan"),
-        (np.full((2, 4, 4, 3), 1), "int64 from 1 to 1"),
+        (np.full((2, 4, 4, 3), 1), "of type int64; expected uint8"),
     ],
 )
 def test_values_that_are_no_pixels_are_refused(frames: np.ndarray | torch.Tensor, given: str) -> None:
@@ -114,7 +115,7 @@ def test_values_that_are_no_pixels_are_refused(frames: np.ndarray | torch.Tensor
 
 
 def test_frames_of_different_sizes_are_refused() -> None:
-    with pytest.raises(ConceptMapsValueError, match=r"sizes \[\(8, 8\), \(9, 8\)\]; expected one size"):
+    with pytest.raises(ConceptMapsValueError, match=r"^frame 1 is 8 x 9 pixels .* expected one size"):
         as_pictures([Image.new("RGB", (8, 8)), Image.new("RGB", (9, 8))])
 
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from diffusers_concept_maps.errors import ConceptMapsValueError
+from diffusers_concept_maps.media import read_frames
 from diffusers_concept_maps.upsample import upsample_map
 from diffusers_concept_maps.visualize import require
 
@@ -21,39 +22,15 @@ def as_pictures(frames: Any) -> list[Image.Image]:
     """Frames of one video or image as RGB pictures, every one kept.
 
     Args:
-        frames: a PIL image, a list of them, an array `[frame, height, width, 3]` of uint8 or of floats in 0..1, or a
-            floating tensor `[frame, 3, height, width]` in 0..1.
+        frames: as for `media.read_frames`: a path, PIL images, an array `[frame, height, width, 3]` or a tensor
+            `[frame, 3, height, width]`.
 
     Raises:
         ConceptMapsValueError: anything else, values outside 0..1, no frame, or frames of different sizes.
+        ConceptMapsError: a file cannot be read.
     """
-    if isinstance(frames, Image.Image):
-        return [frames.convert("RGB")]
-    if isinstance(frames, Sequence) and frames and all(isinstance(frame, Image.Image) for frame in frames):
-        if len({frame.size for frame in frames}) > 1:
-            raise ConceptMapsValueError(f"frames of sizes {[f.size for f in frames]}; expected one size for a video")
-        return [frame.convert("RGB") for frame in frames]
-    if isinstance(frames, torch.Tensor) and frames.ndim == 4 and frames.shape[1] == 3 and frames.is_floating_point():
-        frames = frames.detach().float().cpu().permute(0, 2, 3, 1).numpy()
-    if not isinstance(frames, np.ndarray) or frames.ndim != 4 or frames.shape[3] != 3 or frames.size == 0:
-        shape = f" of shape {tuple(frames.shape)}" if hasattr(frames, "shape") else ""
-        raise ConceptMapsValueError(
-            f"frames are {type(frames).__name__}{shape}; expected the frames of one video: PIL images, an array "
-            f"[frame, height, width, 3] or a tensor [frame, 3, height, width]"
-        )
-    return [Image.fromarray(frame) for frame in _bytes(frames)]
-
-
-def _bytes(frames: np.ndarray) -> np.ndarray:
-    if frames.dtype == np.uint8:
-        return frames
-    low, high = frames.min(), frames.max()
-    if not (np.issubdtype(frames.dtype, np.floating) and low >= 0 and high <= 1):
-        raise ConceptMapsValueError(
-            f"frames are {frames.dtype} from {low:.3g} to {high:.3g}; expected uint8, or floats in 0..1 as pipelines "
-            f"return them (latents are no frames)"
-        )
-    return (frames * 255).round().astype(np.uint8)
+    pixels = (frame.mul(255).round().byte() for frame in read_frames(frames).frames)
+    return [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in pixels]
 
 
 def enlarge(frames: Sequence[Image.Image], width: int) -> list[Image.Image]:
