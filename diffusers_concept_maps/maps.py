@@ -167,7 +167,8 @@ class ConceptMaps:
             raise ConceptMapsValueError(
                 f"concept {concept!r} was not captured; captured were {', '.join(map(repr, self.concepts))}."
             )
-        return ConceptMap(concept, self.get(method)[:, self.concepts.index(concept)], **self.geometry)
+        tensor = self.get(method)[:, self.concepts.index(concept)]
+        return ConceptMap(concept, tensor, **self.geometry, fit=self.fit)
 
     def upsample(
         self,
@@ -206,7 +207,7 @@ class ConceptMaps:
                     f"one guide for maps of {maps.shape[0]} videos; upsample each with upsample.upsample_map instead"
                 )
             guide = read_frames(guide).frames
-        fit = Fit.from_json(self.metadata["source"]) if "source" in self.metadata else None
+        fit = self.fit
         known = (fit.covered, *fit.source[1:]) if fit is not None else None
         if guide is not None:
             known = guide.shape[0], guide.shape[2], guide.shape[3]
@@ -220,6 +221,11 @@ class ConceptMaps:
         padding = fit.padding if fit is not None and frames == fit.covered else 0
         options: dict[str, Any] = {"mode": mode, "temporal": temporal, "padding": padding, **self.geometry}
         return upsample_map(maps, size, frames, guide=guide, **options)
+
+    @property
+    def fit(self) -> Fit | None:
+        """How the clip that `encode` was given was fitted to the model; None for maps of what was generated."""
+        return Fit.from_json(self.metadata["source"]) if "source" in self.metadata else None
 
     @property
     def geometry(self) -> dict[str, Any]:
@@ -254,15 +260,19 @@ class ConceptMap:
         tensor: float32 CPU tensor `[batch, frame, height, width]` on the token grid.
         frames_per_latent: as for `spread_frames`.
         latents_per_token: as for `spread_frames`.
+        fit: as `ConceptMaps.fit`.
     """
 
     concept: str
     tensor: torch.Tensor
     frames_per_latent: int | None = None
     latents_per_token: int = 1
+    fit: Fit | None = None
 
     def overlay(self, frames: Any, *, index: int = 0, opacity: float = 0.6) -> list[Image.Image]:
         """Frames with the map laid over them, in one scale for the whole clip.
+
+        Of the whole clip that `encode` was given, the frames that the model has not seen are left out.
 
         Args:
             frames: the frames of one video or image, as for `media.read_frames`: a path, PIL images, an array
@@ -275,10 +285,13 @@ class ConceptMap:
         """
         from diffusers_concept_maps.visualize.overlay import as_pictures, overlay
 
-        pictures = as_pictures(frames)
+        pictures, padding = as_pictures(frames), 0
+        if self.fit is not None and len(pictures) in (self.fit.covered, self.fit.source[0]):
+            pictures, padding = pictures[: self.fit.covered], self.fit.padding
         one_per_frame = spread_frames(
             self.tensor[index],
             len(pictures),
+            padding=padding,
             frames_per_latent=self.frames_per_latent,
             latents_per_token=self.latents_per_token,
         )

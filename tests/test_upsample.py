@@ -100,10 +100,11 @@ def test_padding_is_left_out(frames: int, padding: int, temporal: str) -> None:
 
 
 def stored(fit: Fit | None, **metadata: Any) -> ConceptMaps:
-    frames = 3 if fit is None else 1 + (fit.model[0] - 1) // 4
+    metadata = {"frames_per_latent": 4} | metadata
+    frames = 3 if fit is None else 1 + (fit.model[0] - 1) // metadata["frames_per_latent"]
     tensors = {"imap": tokens(1, 2, frames, 4, 5), "coverage.imap": torch.ones(1, 1, dtype=torch.bool)}
     source = {} if fit is None else {"source": fit.to_json()}
-    return ConceptMaps(StoredMaps(("dog", "sky"), tensors, {"frames_per_latent": 4, **source, **metadata}), ["imap"])
+    return ConceptMaps(StoredMaps(("dog", "sky"), tensors, source | metadata), ["imap"])
 
 
 @pytest.mark.parametrize("temporal", ["nearest", "linear"])
@@ -121,6 +122,21 @@ def test_back_to_the_clip(frames: int, seen: int, fitted: int, temporal: str) ->
     assert torch.equal(maps.upsample((8, 9), mode="nearest", temporal=temporal), small[:, :, :seen])
     other = upsample_map(maps.get(), (37, 53), 5, temporal=temporal, frames_per_latent=4)
     assert torch.equal(maps.upsample(frames=5, temporal=temporal), other)
+
+
+@pytest.mark.parametrize(("frames", "seen", "fitted"), [(7, 7, 9), (30, 9, 9)])
+def test_laid_over_the_clip(frames: int, seen: int, fitted: int) -> None:
+    """The clip as it was handed over: of what was cut off there is no picture, and padding shifts nothing."""
+    clip = torch.rand(frames, 3, 24, 32, generator=torch.Generator().manual_seed(0))
+    _, fit = fit_clip(clip, multiple=8, frame_step=8, max_frames=9)
+    maps = stored(fit, frames_per_latent=8)
+    assert maps.fit == fit
+    plain = dcm.ConceptMap("dog", maps.get()[:, 0, ([0] + [1] * (fitted - 1))[:seen]])
+    wanted = [np.asarray(picture) for picture in plain.overlay(clip[:seen])]
+    for source in (clip, clip[:seen]):
+        got = [np.asarray(picture) for picture in maps["dog"].overlay(source)]
+        assert len(got) == seen
+        assert all(np.array_equal(*pair) for pair in zip(got, wanted, strict=True))
 
 
 def test_the_clip_survives_a_file(tmp_path: Any) -> None:
