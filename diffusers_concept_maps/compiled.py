@@ -147,6 +147,7 @@ class Relay:
         text: slice,
         image: slice,
         concepts: slice | None = None,
+        mask: torch.Tensor | None = None,
     ) -> None:
         """See `PassListener.observe`."""
         if torch.compiler.is_compiling():

@@ -235,6 +235,7 @@ class PassListener(Generic[PassKind]):
         text: slice,
         image: slice,
         concepts: slice | None = None,
+        mask: torch.Tensor | None = None,
     ) -> None:
         """The attention call of a layer, joint or among image tokens alone, has run.
 
@@ -247,6 +248,7 @@ class PassListener(Generic[PassKind]):
             text: where the text tokens are; empty where there are none.
             image: where the image tokens are.
             concepts: where the concepts are that joined the call; None if there are none, or they re-enter the block.
+            mask: as for `restrict`.
         """
         raise NotImplementedError
 

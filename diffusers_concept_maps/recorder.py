@@ -158,6 +158,7 @@ class Recorder(PassListener[_Recording]):
         text: slice,
         image: slice,
         concepts: slice | None = None,
+        mask: torch.Tensor | None = None,
     ) -> None:
         """See `PassListener.observe`: advance the concepts and add the layer to the maps."""
         current, layer = self._pass, self._layer[attention]

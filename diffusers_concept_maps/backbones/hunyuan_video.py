@@ -219,7 +219,7 @@ class HunyuanVideoConceptProcessor(ConceptProcessor):
                 parallel_config=self._parallel_config,
             )
         result = _finish(attn, output.flatten(2, 3).to(query.dtype), count)
-        recorder.observe(attn, *shown, output.transpose(1, 2), text=text, image=image)
+        recorder.observe(attn, *shown, output.transpose(1, 2), text=text, image=image, mask=mask)
         return result
 
 

@@ -117,16 +117,16 @@ class ConceptMochiAttnProcessor2_0(ConceptProcessor, MochiAttnProcessor2_0):
         count = hidden_states.shape[1]
         at_text, at_image = slice(count, None), slice(0, count)
         query, key, value = (torch.cat(pair, dim=2) for pair in zip(video, text, strict=True))
+        mask = functional.pad(attention_mask.bool(), (count, 0), value=True)[:, None, None]
         if recorder.restricts:
-            seen = functional.pad(attention_mask.bool(), (count, 0), value=True)[:, None]
-            output = recorder.restrict(query, key, value, text=at_text, image=at_image, mask=seen[:, None])
-            output = output.masked_fill(~seen[..., None], 0)
+            output = recorder.restrict(query, key, value, text=at_text, image=at_image, mask=mask)
+            output = output.masked_fill(~mask.mT, 0)
         else:
             rows = range(hidden_states.shape[0])
             output = torch.cat([_attend_row(video, text, attention_mask, row) for row in rows], dim=0)
         states, text_states = output.transpose(1, 2).flatten(2, 3).tensor_split([count], dim=1)
         result = attn.to_out[1](attn.to_out[0](states)), _finish_text(attn, text_states)
-        recorder.observe(attn, query, key, value, output, text=at_text, image=at_image)
+        recorder.observe(attn, query, key, value, output, text=at_text, image=at_image, mask=mask)
         return result
 
 

@@ -72,7 +72,9 @@ class Watcher(PassListener[Pass]):
     def open(self, announced: Any, current: Pass, present: Any, device: torch.device) -> Pass:
         return current
 
-    def observe(self, attention: Any, *heads: torch.Tensor, text: slice, image: slice, concepts: Any = None) -> None:
+    def observe(
+        self, attention: Any, *heads: torch.Tensor, text: slice, image: slice, concepts: Any = None, mask: Any = None
+    ) -> None:
         self.seen.append(Seen(attention, *(tensor.clone() for tensor in heads), text, image))
 
     def restrict(self, *heads: torch.Tensor, mask: Any = None, linear: bool = False, **places: slice) -> torch.Tensor:
