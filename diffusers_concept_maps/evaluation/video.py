@@ -30,7 +30,7 @@ from diffusers_concept_maps.evaluation.segmentation import count_pixels, summari
 _TOLERANCE = 0.008  # of the frame's diagonal, as DAVIS has it
 _RESIZE = "bring the prediction to the size of the labels"
 _PARITIES = (None, "vspw")
-_SETTINGS = ("classes", "parity")
+_SETTINGS = ("classes", "lengths", "parity")
 _OBJECT_SCORES = (
     *(f"{kind}_{statistic}" for kind in ("j", "f") for statistic in ("mean", "recall", "decay")),
     "successive_iou",
@@ -64,7 +64,8 @@ def score_sample(
     Raises:
         ConceptMapsValueError: shapes, labels or options that cannot be used.
     """
-    record = {"classes": classes, "parity": parity, "frames": len(labels), **count_pixels(prediction, labels, classes)}
+    record = {"classes": classes, "lengths": list(lengths), "parity": parity, "frames": len(labels)}
+    record |= count_pixels(prediction, labels, classes)
     objects: dict[str, Any] = {}
     for label in labels.unique().tolist():
         if label > 0:
@@ -111,7 +112,7 @@ def summarize(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return summary | {
         "per_object_j_and_f": mean_of(both),
         "per_clip_j_mean": mean_of(mean_of(o["j_mean"] for o in record["objects"].values()) for record in records),
-        "video_consistency": {length: _consistency(records, length) for length in records[0]["consistency"]},
+        "video_consistency": {length: _consistency(records, length) for length in map(str, records[0]["lengths"])},
     }
 
 

@@ -309,3 +309,6 @@ def test_masks_that_cannot_be_compared() -> None:
     records = [score_sample(LABELS, LABELS, classes=classes) for classes in (2, 3)]
     with pytest.raises(ConceptMapsValueError, match="scored with classes 2 and 3; expected one classes"):
         summarize(records)
+    records = [score_sample(LABELS, LABELS, classes=2, lengths=lengths) for lengths in ((2,), (2, 3))]
+    with pytest.raises(ConceptMapsValueError, match=r"scored with lengths \[2, 3\] and \[2\]; expected one lengths"):
+        summarize(records)
