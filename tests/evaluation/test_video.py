@@ -103,6 +103,12 @@ def test_outline_and_growth() -> None:
     point[0, 5, 4] = True
     for radius in range(4):
         assert grown(point, radius)[0].equal(disc(5, 4, radius, (11, 11)))
+    scattered = masks_of(9, 2, 7, 12, share=0.02)
+    for radius in (0, 1, 3, 6, 20):
+        offset = np.arange(-radius, radius + 1)
+        disk = offset[:, None] ** 2 + offset**2 <= radius**2
+        expected = [binary_dilation(mask, disk) for mask in scattered.numpy()]
+        np.testing.assert_array_equal(grown(scattered, radius).numpy(), expected)
 
 
 def test_boundary_chance_is_what_outlines_anywhere_have() -> None:
