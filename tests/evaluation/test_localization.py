@@ -180,6 +180,14 @@ def test_left_out_pixels_change_nothing() -> None:
     assert first["coverage"] == pytest.approx(float((labels == 1).sum()) / (FRAMES * (HEIGHT - 1) * WIDTH))
 
 
+def test_a_silent_frame_points_anywhere_but_to_what_is_left_out() -> None:
+    """Every pixel of a frame at the clip's lowest is as high as any: of the four that are scored, one is in the mask."""
+    labels = torch.tensor([[[1, 0, 0, 0, -1, -1]], [[1, 0, 0, 0, 0, 0]]])
+    heat = torch.zeros(2, 1, 6)
+    heat[1, 0, 0] = 1
+    assert score_sample(heat, labels)["spatial_pointing"] == (1 / 4 + 1) / 2
+
+
 @pytest.mark.parametrize("fill", [0, -1])
 def test_without_a_mask(fill: int) -> None:
     record = score_sample(noise(6, 3, 5, 5), torch.full((3, 5, 5), fill))
