@@ -181,7 +181,7 @@ def test_left_out_pixels_change_nothing() -> None:
 
 
 def test_a_silent_frame_points_anywhere_but_to_what_is_left_out() -> None:
-    """Every pixel of a frame at the clip's lowest is as high as any: of the four that are scored, one is in the mask."""
+    """A frame at the lowest of the clip has four pixels that are scored, all as high, and one of them in the mask."""
     labels = torch.tensor([[[1, 0, 0, 0, -1, -1]], [[1, 0, 0, 0, 0, 0]]])
     heat = torch.zeros(2, 1, 6)
     heat[1, 0, 0] = 1
