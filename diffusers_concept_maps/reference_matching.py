@@ -57,14 +57,14 @@ def temporal_matching(
         sides = (source_query[row], source_key[row], target_query[row], target_key[row])
         sums = None
         if direction != "forward":
-            sums = _log_sums(target_query[row], source_key[row], scale)  # [H, F * P]
+            sums = log_sums(target_query[row], source_key[row], scale)  # [H, F * P]
         chunks = []
         for chunk in row_tokens.split(_CHUNK):
             found = []
             for frame in range(frames):
                 place = slice(frame * targets, (frame + 1) * targets)
-                weights = _frame_weights(sides, chunk, place, head_weights[row].float(), scale, direction, sums)
-                found.append(_read_out(weights, width, radius))
+                weights = frame_weights(sides, chunk, place, head_weights[row].float(), scale, direction, sums)
+                found.append(read_out(weights, width, radius))
             chunks.append([torch.stack(results, dim=1) for results in zip(*found, strict=True)])  # [Q, F, ..]
         rows.append([torch.cat(results) for results in zip(*chunks, strict=True)])
     index, value, entropy, position = (torch.stack(results) for results in zip(*rows, strict=True))
@@ -116,8 +116,8 @@ def segment_attention(
     return torch.cat(sums).view(shape), torch.cat(maxima).view(shape)
 
 
-def _log_sums(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
-    """`log(sum_j exp(scale <query_i, key_j>))` of every head and query, `[H, N]`."""
+def log_sums(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
+    """`log(sum_j exp(scale <query_i, key_j>))` of queries `[H, N, D]` and keys `[H, S, D]`: float32 `[H, N]`."""
     heads = []
     for head_query, head_key in zip(query, key, strict=True):
         logits = (chunk.float() @ head_key.float().mT * scale for chunk in head_query.split(_CHUNK))
@@ -125,7 +125,7 @@ def _log_sums(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Ten
     return torch.stack(heads)
 
 
-def _frame_weights(
+def frame_weights(
     sides: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
     tokens: torch.Tensor,
     place: slice,
@@ -134,7 +134,20 @@ def _frame_weights(
     direction: str,
     sums: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Weights `[Q, P]` of the targets in `place` for the source tokens; `sums` is that of `_log_sums`, backward."""
+    """Matching weights of the source tokens for some of the targets, all of one frame.
+
+    Args:
+        sides: of one row of `temporal_matching`: source query and key `[H, S, D]`, target query and key `[H, F * P, D]`.
+        tokens: int64 `[Q]`, which of the S tokens.
+        place: of the P targets among all.
+        head_weights: float32 `[H]`.
+        scale: factor of the logits.
+        direction: "forward", "backward", or "both" for their mean.
+        sums: `log_sums` of the target queries and source keys, `[H, F * P]`; None forward.
+
+    Returns:
+        Float32 `[Q, P]`, the weighted sum over heads.
+    """
     source_query, source_key, target_query, target_key = sides
     total = target_key.new_zeros(len(tokens), place.stop - place.start, dtype=torch.float32)
     for head, weight in enumerate(head_weights / (2 if direction == "both" else 1)):
@@ -152,10 +165,10 @@ def _weighed(shares: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return (shares * weight).masked_fill_(weight == 0, 0.0)
 
 
-def _read_out(
+def read_out(
     weights: torch.Tensor, width: int, radius: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Index, value, entropy `[Q]` and position `[Q, 2]` of weights `[Q, P]`."""
+    """Index, value, entropy `[Q]` and position `[Q, 2]`, as `temporal_matching` has them, of weights `[Q, P]`."""
     value, index = weights.amax(1), weights.argmax(1)
     mass = weights.sum(1, keepdim=True)
     share = torch.where(mass > 0, weights / mass, 1 / weights.shape[1])
