@@ -137,7 +137,7 @@ def frame_weights(
     """Matching weights of the source tokens for some of the targets, all of one frame.
 
     Args:
-        sides: of one row of `temporal_matching`: source query and key `[H, S, D]`, target query and key `[H, F * P, D]`.
+        sides: source query and key `[H, S, D]`, target query and key `[H, F * P, D]`.
         tokens: int64 `[Q]`, which of the S tokens.
         place: of the P targets among all.
         head_weights: float32 `[H]`.

@@ -16,6 +16,7 @@ from diffusers_concept_maps.correspondence.routes import (
     Found,
     Matches,
     MatchOptions,
+    Return,
     Route,
     Sides,
     Way,
@@ -35,7 +36,7 @@ _CHUNK = 512  # rows of weights that are made, or read, at a time
 class _Rows:
     """Weights of the rows of some routes, float32 `[rows, n * K, F, P]` each, summed over layers and steps."""
 
-    def __init__(self, routes: list[Route], way: Way) -> None:
+    def __init__(self, routes: Sequence[Route], way: Way) -> None:
         self._routes, self._way = routes, way
         self._sums: dict[int, torch.Tensor] = {}  # by the frame of the route's queries
         self._total = 0.0
@@ -150,9 +151,9 @@ class MatchAccumulator(_Rows):
 class AgreementAccumulator(_Rows):
     """Agreement of the matches of a `MatchAccumulator`, which makes it: `add` the layers, then read `matches`."""
 
-    def __init__(self, routes: list[Route], way: Way, matches: Matches) -> None:
-        super().__init__(routes, way)
-        self._matches = matches
+    def __init__(self, ways_back: list[Return], way: Way, matches: Matches) -> None:
+        super().__init__(ways_back, way)
+        self._ways_back, self._matches = ways_back, matches
 
     def matches(self) -> Matches:
         """The matches, with their agreement by what was added so far.
@@ -161,4 +162,4 @@ class AgreementAccumulator(_Rows):
             ConceptMapsValueError: nothing was.
         """
         self._expect_layers()
-        return measure_agreement(self._routes, self._find, self._way, self._matches)
+        return measure_agreement(self._ways_back, self._find, self._way, self._matches)

@@ -101,8 +101,8 @@ def difftrack_scale(query: torch.Tensor) -> float:
 def concatenate_layers(layers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Fuse layers like the official code, which adds the logits of equal heads before the softmax.
 
-    Heads of one number in several layers have nothing in common: `fusing.MatchAccumulator` adds probabilities instead, and
-    keeps no layer.
+    Heads of one number in several layers have nothing in common: `fusing.MatchAccumulator` adds probabilities instead,
+    and keeps no layer.
 
     Args:
         layers: query and key `[R, H, N, D]` of every layer or step.

@@ -26,11 +26,11 @@ __all__ = [
     "Found",
     "MatchOptions",
     "Matches",
+    "Return",
     "Route",
     "Sides",
     "Way",
     "assemble",
-    "expect_frames",
     "expect_points",
     "expect_sides",
     "measure_agreement",
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 Found = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-"""Index, weight, entropy `[rows, n * K, frames]` and position `[.., 2]`, as `ops_matching.temporal_matching` has them."""
+"""Index, weight, entropy `[rows, n * K, frames]` and position `[.., 2]`, as `ops_matching.temporal_matching` has it."""
 Sides = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """Query and key of the source, query and key of the targets."""
 
@@ -138,41 +138,30 @@ class Way:
             routes.append(Route(frame, members, start, neighbors(start, self.grid, self.options.readout)))
         return routes
 
-    def turn(self, routes: list[Route], matches: Matches) -> list[Route]:
+    def turn(self, routes: Sequence[Route], matches: Matches) -> list[Return]:
         """The routes from the matches back to the frames of the queries."""
         back = []
         for route in routes:
             members = route.members.to(matches.positions.device)
             start = matches.positions[:, members].transpose(1, 2).flatten(0, 1)  # [R * F, n, 2]
             around = neighbors(start, self.grid, self.options.readout)
-            back.append(Route(route.frame, route.members, start, around, goal=route.pixels))
+            back.append(Return(route.frame, route.members, start, around, route.pixels))
         return back
 
 
 @dataclass(frozen=True)
 class Route:
-    """Points of one frame, on their way to the other frames or from there back; rows are R, or back R * F."""
+    """Points of one frame, on their way to the frames of `Way`."""
 
     frame: int  # of the queries
     members: torch.Tensor  # int64 [n], which of the N points
     pixels: torch.Tensor  # [rows or 1, n, 2], where the way begins
     around: Neighbors  # [rows or 1, n, K]
-    goal: torch.Tensor | None = None  # [1, n, 2], the pixels of the way there, on the way back
 
     def sides(self, query: torch.Tensor, key: torch.Tensor, way: Way) -> Sides:
         """Queries and keys of the source and of the targets, `[rows, H, tokens, D]`, of those of the clip."""
-        tokens = way.grid.tokens
-        place = slice(self.frame * tokens, (self.frame + 1) * tokens)
-        near = (query[:, :, place], key[:, :, place])
-        far = (_choose(query, way), _choose(key, way))
-        if self.goal is None:
-            return (*near, *far)
-        # On the way back every frame is a source of its own, hence a row, and that of the queries the one target.
-        source_query, source_key = (side.unflatten(2, (-1, tokens)).transpose(1, 2).flatten(0, 1) for side in far)
-        target_query, target_key = (
-            side[:, None].expand(-1, len(way.frames), -1, -1, -1).flatten(0, 1) for side in near
-        )
-        return source_query, source_key, target_query, target_key
+        place = slice(self.frame * way.grid.tokens, (self.frame + 1) * way.grid.tokens)
+        return query[:, :, place], key[:, :, place], _choose(query, way), _choose(key, way)
 
     def tokens(self, like: torch.Tensor) -> torch.Tensor:
         """Int64 `[rows, n * K]`, on the device and with the rows of a tensor."""
@@ -192,7 +181,23 @@ class Route:
         return found.gather(2, choice.expand(len(found), -1, 1, found.shape[3])).squeeze(2)
 
 
-def assemble(routes: list[Route], find: Callable[[Route], Found], way: Way) -> Matches:
+@dataclass(frozen=True)
+class Return(Route):
+    """The way back: every frame is a source of its own, hence a row, and that of the queries the one target."""
+
+    goal: torch.Tensor  # [1, n, 2], where the way there began
+
+    def sides(self, query: torch.Tensor, key: torch.Tensor, way: Way) -> Sides:
+        """As those of the way there, `[R * F, H, tokens, D]`."""
+        *targets, query, key = super().sides(query, key, way)
+        count = len(way.frames)
+        spread = (side.unflatten(2, (count, -1)).transpose(1, 2).flatten(0, 1) for side in (query, key))
+        repeated = (side[:, None].expand(-1, count, -1, -1, -1).flatten(0, 1) for side in targets)
+        source_query, source_key, target_query, target_key = *spread, *repeated
+        return source_query, source_key, target_query, target_key
+
+
+def assemble(routes: Sequence[Route], find: Callable[[Route], Found], way: Way) -> Matches:
     """Walk the routes and sort what is found by the points' numbers.
 
     Args:
@@ -213,7 +218,7 @@ def assemble(routes: list[Route], find: Callable[[Route], Found], way: Way) -> M
     return Matches(*(_sort(routes, list(sides)) for sides in zip(*parts, strict=True)))
 
 
-def measure_agreement(routes: list[Route], find: Callable[[Route], Found], way: Way, matches: Matches) -> Matches:
+def measure_agreement(routes: list[Return], find: Callable[[Route], Found], way: Way, matches: Matches) -> Matches:
     """Walk the routes back and measure by how much they miss their beginning.
 
     Args:
@@ -236,7 +241,7 @@ def measure_agreement(routes: list[Route], find: Callable[[Route], Found], way: 
     return replace(matches, agreement=_sort(routes, errors))
 
 
-def _sort(routes: list[Route], parts: list[torch.Tensor]) -> torch.Tensor:
+def _sort(routes: Sequence[Route], parts: list[torch.Tensor]) -> torch.Tensor:
     """Tensors `[R, n, ..]` of all routes as one `[R, N, ..]`."""
     order = torch.cat([route.members for route in routes]).argsort().to(parts[0].device)
     return torch.cat(parts, dim=1)[:, order]
