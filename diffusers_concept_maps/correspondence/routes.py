@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 Found = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-"""Index, weight, entropy `[rows, n * K, frames]` and position `[.., 2]`, as `ops_matching.temporal_matching` has it."""
+"""What `ops_matching.temporal_matching` gives: index, weight and entropy `[rows, n * K, frames]`, position `[.., 2]`."""
 Sides = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """Query and key of the source, query and key of the targets."""
 
@@ -189,11 +189,14 @@ class Return(Route):
 
     def sides(self, query: torch.Tensor, key: torch.Tensor, way: Way) -> Sides:
         """As those of the way there, `[R * F, H, tokens, D]`."""
-        *targets, query, key = super().sides(query, key, way)
+        near_query, near_key, far_query, far_key = super().sides(query, key, way)
         count = len(way.frames)
-        spread = (side.unflatten(2, (count, -1)).transpose(1, 2).flatten(0, 1) for side in (query, key))
-        repeated = (side[:, None].expand(-1, count, -1, -1, -1).flatten(0, 1) for side in targets)
-        source_query, source_key, target_query, target_key = *spread, *repeated
+        source_query, source_key = (
+            side.unflatten(2, (count, -1)).transpose(1, 2).flatten(0, 1) for side in (far_query, far_key)
+        )
+        target_query, target_key = (
+            side[:, None].expand(-1, count, -1, -1, -1).flatten(0, 1) for side in (near_query, near_key)
+        )
         return source_query, source_key, target_query, target_key
 
 

@@ -1,0 +1,410 @@
+"""Matches of points: still and shifted clips exactly, any clip against every probability in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import naive_matching
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from diffusers_concept_maps import ConceptMapsValueError
+from diffusers_concept_maps.correspondence.fusing import MatchAccumulator
+from diffusers_concept_maps.correspondence.matching import (
+    Matches,
+    MatchOptions,
+    concatenate_layers,
+    difftrack_scale,
+    each_head,
+    match_points,
+)
+from diffusers_concept_maps.correspondence.readout import (
+    READOUTS,
+    TokenGrid,
+    interpolate_matches,
+    nearest_token,
+    neighbors,
+)
+from diffusers_concept_maps.ops_matching import DIRECTIONS
+
+GRID = TokenGrid(frames=4, height=6, width=9, stride=(16.0, 10.5))
+SMALL = TokenGrid(frames=3, height=4, width=5, stride=(8.0, 6.0))
+OFFICIAL = MatchOptions(readout="difftrack")
+Layer = tuple[torch.Tensor, torch.Tensor]
+
+either_way = pytest.mark.parametrize("way", ["op", "fused"])
+
+
+def matched(
+    way: str, layer: Layer, points: torch.Tensor, grid: TokenGrid, options: MatchOptions | None = None, **named: Any
+) -> Matches:
+    """The matches of a layer by the op, or by an accumulator of that layer alone."""
+    if way == "op":
+        return match_points(*layer, points, grid, options, **named)
+    return fused(MatchAccumulator(points, grid, options, frames=named.pop("frames", None)), [layer], **named)
+
+
+def fused(accumulator: MatchAccumulator, layers: Sequence[Layer], **named: Any) -> Matches:
+    for layer in layers:
+        accumulator.add(*layer, **named)
+    back = accumulator.way_back()
+    for layer in layers:
+        back.add(*layer, **named)
+    return back.matches()
+
+
+def distinct(tokens: int) -> torch.Tensor:
+    """Features `[tokens, D]` of which each is like none but itself, so that every weight is 0 or 1."""
+    return 60 * torch.eye(tokens)
+
+
+def still(grid: TokenGrid) -> Layer:
+    side = distinct(grid.tokens).repeat(grid.frames, 1)[None, None]
+    return side, side
+
+
+def random(grid: TokenGrid, rows: int = 2, heads: int = 3, width: int = 8, seed: int = 0) -> Layer:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (2, rows, heads, grid.frames * grid.tokens, width)
+    query, key = torch.randn(shape, generator=generator)
+    return query, key
+
+
+def scattered(grid: TokenGrid, count: int, seed: int = 0) -> torch.Tensor:
+    """Points anywhere in any frame."""
+    generator = torch.Generator().manual_seed(seed)
+    frames = torch.randint(grid.frames, (count, 1), generator=generator)
+    size = torch.tensor([grid.width * grid.stride[0], grid.height * grid.stride[1]])
+    return torch.cat([frames, torch.rand(count, 2, generator=generator) * size - 0.5], dim=1)
+
+
+def borders(grid: TokenGrid) -> torch.Tensor:
+    """Places along the borders and within, in every frame."""
+    x = torch.linspace(-0.5, grid.width * grid.stride[0] - 0.5, 11)
+    y = torch.linspace(-0.5, grid.height * grid.stride[1] - 0.5, 7)
+    places = torch.cat([torch.cartesian_prod(x, y), torch.tensor([[0.0, 0.0], [31.25, 20.75], [143.0, 62.0]])])
+    frames = torch.arange(float(grid.frames)).repeat_interleave(len(places))
+    return torch.cat([frames[:, None], places.repeat(grid.frames, 1)], dim=1)
+
+
+@either_way
+@pytest.mark.parametrize("readout", ["refined", "displacement"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_still_clip_returns_the_points(way: str, readout: str, direction: str) -> None:
+    points = borders(GRID)
+    matches = matched(way, still(GRID), points, GRID, MatchOptions(direction, readout, radius=2))
+    shape = (1, len(points), GRID.frames)
+    torch.testing.assert_close(matches.positions, points[:, None, 1:].expand(*shape, 2), rtol=0, atol=1e-4)
+    torch.testing.assert_close(matches.agreement, torch.zeros(shape), rtol=0, atol=1e-4)
+    torch.testing.assert_close(matches.confidence, torch.ones(shape))
+    torch.testing.assert_close(matches.entropy, torch.zeros(shape), rtol=0, atol=1e-4)
+    assert torch.equal(matches.tokens, nearest_token(points[:, 1:], GRID)[:, None].expand(shape))
+
+
+@either_way
+def test_a_shift_by_tokens_is_returned(way: str) -> None:
+    wide = distinct(12 * 15).view(12, 15, -1)
+    moves = [(0, 0), (1, 0), (-2, 1), (3, -3)]  # (x, y) of what is seen, in tokens, by frame
+    crops = [wide[3 - y : 9 - y, 3 - x : 12 - x].flatten(0, 1) for x, y in moves]
+    side = torch.cat(crops)[None, None]
+    points = borders(GRID)
+    matches = matched(way, (side, side), points, GRID)
+    shift = torch.tensor(moves).float()
+    shift = (shift[None] - shift[points[:, 0].long()][:, None]) * torch.tensor(GRID.stride)  # [N, F, 2]
+    expected = points[:, None, 1:] + shift
+    # Where a token around the point has left the picture, nothing is like it.
+    around = neighbors(expected, TokenGrid(1, 6, 9, GRID.stride), "difftrack")
+    assert around.tokens.shape[-1] == 4
+    low, high = expected >= 7.5, expected <= torch.tensor([135.5, 57.25])
+    source = points[:, None, 1:].clamp(torch.tensor([7.5, 4.75]), torch.tensor([135.5, 57.25])) + shift
+    inside = ((source >= torch.tensor([7.5, 4.75]) - 1e-3) & (source <= torch.tensor([135.5, 57.25]) + 1e-3)).all(-1)
+    assert low.any() and high.any() and inside.float().mean() > 0.3
+    torch.testing.assert_close(matches.positions[0][inside], expected[inside], rtol=0, atol=1e-4)
+    torch.testing.assert_close(matches.agreement[0][inside], torch.zeros(int(inside.sum())), rtol=0, atol=1e-4)
+    lost = ~inside & (points[:, 0] == 0)[:, None]
+    assert matches.confidence[0][lost].min() < 0.5 < matches.confidence[0][inside].min()
+
+
+def naive_weights(
+    layers: Sequence[Layer],
+    heads: torch.Tensor,
+    source: int,
+    targets: list[int],
+    tokens: torch.Tensor,
+    grid: TokenGrid,
+    scale: float,
+    direction: str,
+) -> torch.Tensor:
+    """`[R, Q, F, P]`, the mean of several layers in float64."""
+    every = []
+    for query, key in layers:
+        sides = [side.unflatten(2, (grid.frames, grid.tokens)) for side in (query, key)]
+        near = [side[:, :, source] for side in sides]
+        far = [side[:, :, targets].flatten(2, 3) for side in sides]
+        inputs = naive_matching.Inputs(*near, *far, tokens, heads.expand(len(query), -1), len(targets), grid.width)
+        every.append(naive_matching.matching_weights(inputs, scale, direction))
+    return torch.stack(every).mean(0)
+
+
+def naive_window(frame: torch.Tensor, token: int, grid: TokenGrid, radius: int) -> torch.Tensor:
+    """The mean (x, y) of the tokens around one, by the weights `[P]` of a frame."""
+    y, x = divmod(token, grid.width)
+    left, up = min(radius, x, grid.width - 1 - x), min(radius, y, grid.height - 1 - y)
+    window = frame.view(grid.height, grid.width)[y - up : y + up + 1, x - left : x + left + 1]
+    lines, columns = torch.arange(y - up, y + up + 1), torch.arange(x - left, x + left + 1)
+    return torch.stack([(window * columns).sum(), (window * lines[:, None]).sum()]) / window.sum()
+
+
+def naive_place(weights: torch.Tensor, pixel: torch.Tensor, grid: TokenGrid, options: MatchOptions) -> torch.Tensor:
+    """Where a pixel is by the weights `[P, P']` of all tokens of its frame for one other."""
+    around = neighbors(pixel[None], grid, options.readout)
+    radius = options.radius if options.readout in ("refined", "soft") else 0
+    found = [naive_window(weights[token], int(weights[token].argmax()), grid, radius) for token in around.tokens[0]]
+    matches = torch.stack(found)[None, :, None]
+    return interpolate_matches(pixel[None], around, matches, grid, options.readout)[0, 0]
+
+
+def naive_match(
+    layers: Sequence[Layer],
+    heads: torch.Tensor,
+    row: int,
+    point: torch.Tensor,
+    frame: int,
+    grid: TokenGrid,
+    options: MatchOptions,
+    scale: float,
+) -> dict[str, Any]:
+    """One point in one frame, and back, by all weights of all tokens of both frames."""
+    tokens = torch.arange(grid.tokens).expand(len(layers[0][0]), -1)
+    source = int(point[0])
+    there, back = (
+        naive_weights(layers, heads, a, [b], tokens, grid, scale, options.direction)[row, :, 0]
+        for a, b in ((source, frame), (frame, source))
+    )
+    own = there[int(nearest_token(point[1:], grid))]
+    place = naive_place(there, point[1:].double(), grid, options)
+    end = naive_place(back, place, grid, options)
+    share = own / own.sum()
+    known = {"tokens": own.argmax(), "confidence": own.max(), "entropy": torch.special.entr(share).sum()}
+    if source == frame:
+        return known | {"positions": point[1:].double(), "agreement": torch.zeros((), dtype=torch.float64)}
+    return known | {"positions": place, "agreement": (end - point[1:]).norm()}
+
+
+def assert_naive(
+    matches: Matches,
+    layers: Sequence[Layer],
+    heads: torch.Tensor,
+    points: torch.Tensor,
+    grid: TokenGrid,
+    options: MatchOptions,
+    scale: float,
+    frames: Sequence[int],
+    atol: float = 1e-4,
+) -> None:
+    for row in range(len(layers[0][0])):
+        for number, point in enumerate(points):
+            for column, frame in enumerate(frames):
+                expected = naive_match(layers, heads, row, point, frame, grid, options, scale)
+                for name, value in expected.items():
+                    result = getattr(matches, name)[row, number, column]
+                    assert result.dtype == (torch.int64 if name == "tokens" else torch.float32)
+                    torch.testing.assert_close(result.to(value.dtype), value, rtol=0, atol=atol)
+
+
+@either_way
+@pytest.mark.parametrize("readout", READOUTS)
+def test_every_readout_against_all_weights(way: str, readout: str) -> None:
+    layer, points, options = random(SMALL), scattered(SMALL, 5), MatchOptions(readout=readout)
+    matches = matched(way, layer, points, SMALL, options)
+    assert_naive(matches, [layer], torch.full((3,), 1 / 3), points, SMALL, options, 8**-0.5, range(3))
+
+
+@either_way
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_every_direction_against_all_weights(way: str, direction: str) -> None:
+    layer, points, options = random(SMALL, seed=1), scattered(SMALL, 5, seed=1), MatchOptions(direction, radius=2)
+    matches = matched(way, layer, points, SMALL, options, frames=[2, 0], heads=[2, 0], scale=0.7)
+    assert_naive(matches, [layer], torch.tensor([0.5, 0, 0.5]), points, SMALL, options, 0.7, [2, 0])
+
+
+@either_way
+def test_heads_by_weight(way: str) -> None:
+    layer, points = random(SMALL, seed=2), scattered(SMALL, 3, seed=2)
+    matches = matched(way, layer, points, SMALL, heads=torch.tensor([1.0, 3.0, 0.0]))
+    assert_naive(matches, [layer], torch.tensor([0.25, 0.75, 0]), points, SMALL, MatchOptions(), 8**-0.5, range(3))
+
+
+def test_each_head_by_itself() -> None:
+    query, key = random(SMALL)
+    points = scattered(SMALL, 4)
+    every = match_points(each_head(query), each_head(key), points, SMALL)
+    for head in range(3):
+        alone = match_points(query, key, points, SMALL, heads=[head])
+        for name in ("positions", "tokens", "confidence", "entropy", "agreement"):
+            torch.testing.assert_close(getattr(every, name).unflatten(0, (2, 3))[:, head], getattr(alone, name))
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_layers_are_fused_by_their_mean(direction: str) -> None:
+    layers, points = [random(SMALL, seed=seed) for seed in (3, 4, 5)], scattered(SMALL, 4, seed=3)
+    options = MatchOptions(direction)
+    matches = fused(MatchAccumulator(points, SMALL, options, frames=[1, 2]), layers, weight=0.25)
+    assert_naive(matches, layers, torch.full((3,), 1 / 3), points, SMALL, options, 8**-0.5, [1, 2])
+
+
+def test_layers_are_fused_by_weight() -> None:
+    first, second, points = random(SMALL, seed=3), random(SMALL, seed=4), scattered(SMALL, 4)
+    weighed, repeated = (MatchAccumulator(points, SMALL) for _ in range(2))
+    weighed.add(*first, weight=3.0)
+    weighed.add(*second)
+    for layer in (first, first, second, first):
+        repeated.add(*layer)
+    torch.testing.assert_close(weighed.matches().positions, repeated.matches().positions)
+    torch.testing.assert_close(weighed.matches().confidence, repeated.matches().confidence)
+
+
+def test_official_fusion_adds_logits() -> None:
+    layers, points = [random(SMALL, seed=seed) for seed in (6, 7)], scattered(SMALL, 4)
+    query, key = concatenate_layers(layers)
+    scale = difftrack_scale(query)
+    matches = match_points(query, key, points, SMALL, MatchOptions("forward", "argmax"), scale=scale)
+    assert scale == 3**-0.5  # of 3 heads
+    for number, (frame, *pixel) in enumerate(points.tolist()):
+        token = int(frame) * SMALL.tokens + int(nearest_token(torch.tensor(pixel), SMALL))
+        logits = sum(layer[0].double()[:, :, token, None] @ layer[1].double().mT for layer in layers)
+        weights = (logits * scale).unflatten(-1, (3, -1)).softmax(-1).mean(1)[:, 0]  # [R, F, P]
+        torch.testing.assert_close(matches.confidence[:, number].double(), weights.amax(-1), rtol=0, atol=1e-5)
+        assert torch.equal(matches.tokens[:, number], weights.argmax(-1))
+
+
+def tracking_deltas(readout: str, points: int = 20_000) -> list[float]:
+    """Percentage of points within 1 to 16 pixels of 256 in a still clip of the official size."""
+    grid = TokenGrid(1, 30, 45, (16.0, 16.0))
+    factor = torch.tensor([720 / 256, 480 / 256])
+    true = torch.rand(points, 2, generator=torch.Generator().manual_seed(0)) * 256
+    around = neighbors(true * factor, grid, readout)
+    same = torch.stack([around.tokens % 45, around.tokens // 45], -1).float()[..., None, :]
+    found = interpolate_matches(true * factor, around, same, grid, readout)[:, 0] / factor
+    error = (found - true).norm(dim=1)
+    return [100 * (error < threshold).double().mean().item() for threshold in (1, 2, 4, 8, 16)]
+
+
+def test_official_readout_of_a_still_clip_scores_74_and_the_default_100() -> None:
+    official = tracking_deltas("difftrack")
+    assert sum(official) / 5 == pytest.approx(74.4, abs=0.3)
+    assert official[:2] == [pytest.approx(17.7, abs=1.0), pytest.approx(65.5, abs=1.0)]
+    assert tracking_deltas(MatchOptions().readout) == [100.0] * 5
+
+
+def test_motion_by_half_a_token_is_seen() -> None:
+    """The largest weight alone is a whole token off or none: here a token moves to the middle between two."""
+    grid = TokenGrid(2, 1, 5, (16.0, 16.0))
+    features = distinct(6)
+    between = (features[:-1] + features[1:])[[0, 1, 2, 3, 4]] / 2
+    side = torch.cat([features[:5], between])[None, None]  # what is at x in frame 1 was half at x, half at x + 1
+    points = torch.tensor([[0.0, 39.5, 7.5]])
+    places = {}
+    for readout in ("refined", "displacement"):
+        options = MatchOptions("forward", readout)
+        places[readout] = match_points(side, side, points, grid, options).positions[0, 0, 1, 0].item()
+    assert places["refined"] == pytest.approx(39.5 - 8, abs=1.5)
+    assert abs(places["displacement"] - 31.5) == pytest.approx(8)
+
+
+def test_default_temperature_is_by_the_head_width() -> None:
+    query, key = random(SMALL, heads=5)
+    points = scattered(SMALL, 4)
+    default = match_points(query, key, points, SMALL, agreement=False)
+    right = match_points(query, key, points, SMALL, scale=8**-0.5, agreement=False)
+    official = match_points(query, key, points, SMALL, scale=difftrack_scale(query), agreement=False)
+    assert default.agreement is None
+    assert torch.equal(default.confidence, right.confidence)
+    assert not torch.allclose(default.confidence, official.confidence)
+
+
+@either_way
+def test_half_precision_is_weighed_in_full(way: str) -> None:
+    query, key = (side.bfloat16() for side in random(SMALL, heads=4))
+    points = scattered(SMALL, 4)
+    matches = matched(way, (query, key), points, SMALL)
+    heads = torch.full((4,), 0.25)
+    assert_naive(matches, [(query, key)], heads, points, SMALL, MatchOptions(), 8**-0.5, range(3))
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest new tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes() >= tensor.nbytes:
+                self.size = max(self.size, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return result
+
+
+@either_way
+def test_memory_is_linear_in_tokens(way: str) -> None:
+    grid = TokenGrid(2, 50, 60, (8.0, 8.0))
+    layer = random(grid, rows=1, heads=1, width=4)
+    with Largest() as largest:
+        matched(way, layer, scattered(grid, 3), grid)
+    assert largest.size <= 512 * grid.tokens
+
+
+@either_way
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ({"frames": [0, 3]}, r"^frames are \[0, 3\]; expected some of 0 to 2, each once$"),
+        ({"frames": [1, 1]}, r"^frames are \[1, 1\]; expected some of 0 to 2, each once$"),
+        ({"frames": []}, r"^frames are \[\]; expected some of 0 to 2, each once$"),
+        ({"heads": [3]}, r"^heads are \[3\]; expected some of 0 to 2$"),
+        ({"heads": []}, r"^heads are \[\]; expected some of 0 to 2$"),
+        ({"heads": torch.ones(2)}, r"^heads has shape \(2,\); expected \(3,\)$"),
+        ({"points": torch.zeros(3)}, r"^points have shape \(3,\); expected \[point, 3\]: \(frame, x, y\)$"),
+        ({"points": torch.zeros(0, 3)}, r"^points have shape \(0, 3\); expected \[point, 3\]: \(frame, x, y\)$"),
+        ({"points": torch.tensor([[0.5, 1, 1]])}, "^points have a frame or a place that is no number; expected a"),
+        ({"points": torch.tensor([[0.0, torch.nan, 1]])}, "^points have a frame or a place that is no number"),
+        ({"points": torch.tensor([[3.0, 1, 1]])}, "^a point is in frame 3; expected 0 to 2$"),
+        ({"layer": 2 * (torch.ones(1, 3, 59, 8),)}, r"^query has shape \(1, 3, 59, 8\); expected \[row, head, 60, "),
+        ({"layer": (torch.ones(1, 3, 60, 8), torch.ones(1, 3, 60, 4))}, r"^key has shape .*; expected \(1, 3, 60, 8"),
+    ],
+)
+def test_refusals(way: str, named: dict[str, Any], message: str) -> None:
+    arguments = {"layer": random(SMALL), "points": scattered(SMALL, 2), "grid": SMALL} | named
+    with pytest.raises(ConceptMapsValueError, match=message):
+        matched(way, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"direction": "up"}, "^unknown direction 'up'; expected one of both, forward, backward$"),
+        ({"readout": "best"}, "^unknown readout 'best'; expected one of refined, displacement, soft, argmax, difft"),
+        ({"radius": -1}, "^radius is -1; expected 0 or more tokens$"),
+    ],
+)
+def test_refused_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConceptMapsValueError, match=message):
+        MatchOptions(**options)
+
+
+def test_refusals_of_fusing() -> None:
+    accumulator = MatchAccumulator(scattered(SMALL, 2), SMALL)
+    for read in (accumulator.matches, accumulator.way_back):
+        with pytest.raises(ConceptMapsValueError, match=r"^no layer was added; call add\(\) with the query and key"):
+            read()
+    with pytest.raises(ConceptMapsValueError, match="^weight is 0; expected a positive number$"):
+        accumulator.add(*random(SMALL), weight=0)
+    accumulator.add(*random(SMALL))
+    with pytest.raises(ConceptMapsValueError, match="^the sum of earlier layers has shape .*; expected"):
+        accumulator.add(*random(SMALL, rows=1))
+    with pytest.raises(ConceptMapsValueError, match=r"^no layer was added; call add\(\) with the query and key"):
+        accumulator.way_back().matches()
