@@ -35,6 +35,7 @@ _HOME = {
     "load_shapes_pipeline": "shapes.model",
     "parity": "",
     "trace": "capture",
+    "track": "correspondence.tracking",
     "with_concept_maps": "pipeline",
 }
 
@@ -56,6 +57,7 @@ __all__ = [
     "load_shapes_pipeline",
     "parity",
     "trace",
+    "track",
     "with_concept_maps",
 ]
 

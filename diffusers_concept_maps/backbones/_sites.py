@@ -111,7 +111,7 @@ class Preset:
         layers: 0-based layers per method; methods not named use all layers.
         heads: heads per method; methods not named use their default.
         steps: fraction of the denoising schedule `(start, stop)`; whatever its length, at least one step is taken.
-        matching: layer in which frames are matched, None where none is known.
+        matching: layer in which frames are matched and the noise level that it is told, None where none are known.
         guidance: layers at which cross-attention guidance cuts, empty where none are known.
     """
 
@@ -121,5 +121,5 @@ class Preset:
     layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     heads: Mapping[str, HeadSelection | tuple[int, ...]] = field(default_factory=dict)
     steps: tuple[float, float] = (0.0, 1.0)
-    matching: int | None = None
+    matching: tuple[int, float] | None = None
     guidance: tuple[int, ...] = ()

@@ -46,7 +46,7 @@ class CogVideoXBackbone(JoiningBackbone):
             },
             layers={"imap": (4, 6, 7, *range(10, 24))},
             heads={"imap": HeadSelection(top_k=5)},
-            matching=17,
+            matching=(17, 0.02),
             guidance=(13, 17, 21),
         ),
         Preset(
@@ -62,7 +62,7 @@ class CogVideoXBackbone(JoiningBackbone):
             },
             layers={"imap": (*range(1, 6), *range(7, 22), 23)},
             heads={"imap": HeadSelection(top_k=5)},
-            matching=17,
+            matching=(17, 0.02),
             guidance=(15, 17, 18),
         ),
         Preset(

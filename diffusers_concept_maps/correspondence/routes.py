@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 Found = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-"""What `ops_matching.temporal_matching` gives: index, weight and entropy `[rows, n * K, frames]`, position `[.., 2]`."""
+"""What `ops_matching.temporal_matching` gives: index, weight, entropy `[rows, n * K, frames]`, position `[.., 2]`."""
 Sides = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """Query and key of the source, query and key of the targets."""
 
