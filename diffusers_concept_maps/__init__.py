@@ -35,6 +35,7 @@ _HOME = {
     "load_shapes_pipeline": "shapes.model",
     "parity": "",
     "trace": "capture",
+    "trace_correspondence": "correspondence.tracing",
     "track": "correspondence.tracking",
     "with_concept_maps": "pipeline",
 }
@@ -57,6 +58,7 @@ __all__ = [
     "load_shapes_pipeline",
     "parity",
     "trace",
+    "trace_correspondence",
     "track",
     "with_concept_maps",
 ]

@@ -12,6 +12,7 @@ from torch import nn
 from diffusers_concept_maps.attachment import Attachment, check_alike, check_free
 from diffusers_concept_maps.backbones import Backbone, Grid, Site, find_backbone, find_transformers, uncompiled
 from diffusers_concept_maps.compiled import is_compiled
+from diffusers_concept_maps.correspondence.readout import TokenGrid
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
 from diffusers_concept_maps.indices import check_indices
 from diffusers_concept_maps.listener import Announced, Pass, PassListener
@@ -39,6 +40,11 @@ class LayerTokens:
     key: torch.Tensor
     text_key: torch.Tensor
     text_mask: torch.Tensor | None
+
+    def token_grid(self, size: tuple[int, int]) -> TokenGrid:
+        """The grid over a video of that `(height, width)` in pixels."""
+        stride = size[1] / self.grid.width, size[0] / self.grid.height
+        return TokenGrid(self.grid.frames, self.grid.height, self.grid.width, stride)
 
 
 class Probe(PassListener[Pass]):
