@@ -1,4 +1,4 @@
-"""Which layer, at which step, knows where a point goes: matching in a pipeline that generates (DiffTrack, section 3)."""
+"""Which layer, in which step, knows where a point goes: matching in a pipeline that generates (DiffTrack)."""
 
 from __future__ import annotations
 
