@@ -107,7 +107,7 @@ def nearest_token(pixels: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
     Returns:
         Int64 `[...]`.
     """
-    x, y = _inside(pixel_to_token(pixels, grid).round(), grid).long().unbind(-1)
+    x, y = _inside((pixel_to_token(pixels, grid) + 0.5).floor(), grid).long().unbind(-1)
     return y * grid.width + x
 
 

@@ -86,7 +86,7 @@ class Matches:
 
     Attributes:
         positions: float32 `[R, N, F, 2]`, (x, y) in pixel-center coordinates.
-        tokens: int64 `[R, N, F]`, the token of the largest weight in its frame, of the point's nearest token.
+        tokens: int64 `[R, N, F]`, the token of the largest weight in its frame, for the token nearest to the point.
         confidence: float32 `[R, N, F]`, that weight.
         entropy: float32 `[R, N, F]`, in nats, of the weights of the frame relative to their sum.
         agreement: float32 `[R, N, F]`, pixels between the point and where its match is matched in the frame of the

@@ -44,7 +44,7 @@ def test_a_token_is_in_the_middle_of_its_pixels() -> None:
 
 
 def test_the_nearest_token_has_the_pixel() -> None:
-    places = torch.tensor([[0.0, 0.0], [15.0, 10.0], [16.0, 10.1], [63.5, 31.0], [-9.0, 99.0]])
+    places = torch.tensor([[0.0, 0.0], [15.0, 9.9], [16.0, 10.1], [63.5, 31.0], [-9.0, 99.0]])
     assert nearest_token(places, GRID).tolist() == [0, 0, 5, 11, 8]
 
 
