@@ -269,16 +269,18 @@ def spread_heads(heads: Sequence[int] | torch.Tensor | None, query: torch.Tensor
         Float32 `[R, H]`, of sum 1.
 
     Raises:
-        ConceptMapsValueError: no head, no such head, or weights that are not `[H]`.
+        ConceptMapsValueError: no head, no such head or one twice, or weights that are not `[H]`, negative or all 0.
     """
     count = query.shape[1]
     if isinstance(heads, torch.Tensor) and heads.is_floating_point():
         expect_shape("heads", heads, (count,))
         weights = heads.float()
+        if bool((weights < 0).any()) or not bool(weights.sum() > 0):
+            raise ConceptMapsValueError(f"heads have weights {weights.tolist()}; expected positive ones and zeros")
     else:
         indices = list(range(count)) if heads is None else [int(head) for head in heads]
-        if not indices or not set(indices) <= set(range(count)):
-            raise ConceptMapsValueError(f"heads are {indices}; expected some of 0 to {count - 1}")
+        if not indices or not set(indices) <= set(range(count)) or len(set(indices)) < len(indices):
+            raise ConceptMapsValueError(f"heads are {indices}; expected some of 0 to {count - 1}, each once")
         weights = torch.zeros(count)
         weights[indices] = 1.0
     weights = weights / weights.sum()
