@@ -77,7 +77,9 @@ class _Rows:
         """Add what a layer has for one route."""
         tokens, direction, size = route.tokens(sides[0]), self._way.options.direction, self._way.grid.tokens
         shape = (*tokens.shape, sides[2].shape[2] // size, size)
-        sums = self._sums.setdefault(route.frame, tokens.new_zeros(shape, dtype=torch.float32))
+        if route.frame not in self._sums:
+            self._sums[route.frame] = tokens.new_zeros(shape, dtype=torch.float32)
+        sums = self._sums[route.frame]
         expect_shape("the sum of earlier layers", sums, shape)
         for row, (total, heads) in enumerate(zip(sums, weights, strict=True)):
             own = (sides[0][row], sides[1][row], sides[2][row], sides[3][row])

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import naive_matching
 import pytest
 import torch
+from clips import Layer, assert_naive, distinct, fused, random_layer, scattered, still
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_concept_maps import ConceptMapsValueError
@@ -31,8 +30,6 @@ from diffusers_concept_maps.ops_matching import DIRECTIONS
 
 GRID = TokenGrid(frames=4, height=6, width=9, stride=(16.0, 10.5))
 SMALL = TokenGrid(frames=3, height=4, width=5, stride=(8.0, 6.0))
-OFFICIAL = MatchOptions(readout="difftrack")
-Layer = tuple[torch.Tensor, torch.Tensor]
 
 either_way = pytest.mark.parametrize("way", ["op", "fused"])
 
@@ -44,40 +41,6 @@ def matched(
     if way == "op":
         return match_points(*layer, points, grid, options, **named)
     return fused(MatchAccumulator(points, grid, options, frames=named.pop("frames", None)), [layer], **named)
-
-
-def fused(accumulator: MatchAccumulator, layers: Sequence[Layer], **named: Any) -> Matches:
-    for layer in layers:
-        accumulator.add(*layer, **named)
-    back = accumulator.way_back()
-    for layer in layers:
-        back.add(*layer, **named)
-    return back.matches()
-
-
-def distinct(tokens: int) -> torch.Tensor:
-    """Features `[tokens, D]` of which each is like none but itself, so that every weight is 0 or 1."""
-    return 60 * torch.eye(tokens)
-
-
-def still(grid: TokenGrid) -> Layer:
-    side = distinct(grid.tokens).repeat(grid.frames, 1)[None, None]
-    return side, side
-
-
-def random(grid: TokenGrid, rows: int = 2, heads: int = 3, width: int = 8, seed: int = 0) -> Layer:
-    generator = torch.Generator().manual_seed(seed)
-    shape = (2, rows, heads, grid.frames * grid.tokens, width)
-    query, key = torch.randn(shape, generator=generator)
-    return query, key
-
-
-def scattered(grid: TokenGrid, count: int, seed: int = 0) -> torch.Tensor:
-    """Points anywhere in any frame."""
-    generator = torch.Generator().manual_seed(seed)
-    frames = torch.randint(grid.frames, (count, 1), generator=generator)
-    size = torch.tensor([grid.width * grid.stride[0], grid.height * grid.stride[1]])
-    return torch.cat([frames, torch.rand(count, 2, generator=generator) * size - 0.5], dim=1)
 
 
 def borders(grid: TokenGrid) -> torch.Tensor:
@@ -131,98 +94,10 @@ def test_a_shift_by_tokens_is_returned(way: str) -> None:
     assert matches.agreement[0][returns].max() < 1e-4
 
 
-def naive_weights(
-    layers: Sequence[Layer],
-    heads: torch.Tensor,
-    source: int,
-    targets: list[int],
-    tokens: torch.Tensor,
-    grid: TokenGrid,
-    scale: float,
-    direction: str,
-) -> torch.Tensor:
-    """`[R, Q, F, P]`, the mean of several layers in float64."""
-    every = []
-    for query, key in layers:
-        sides = [side.unflatten(2, (grid.frames, grid.tokens)) for side in (query, key)]
-        near = [side[:, :, source] for side in sides]
-        far = [side[:, :, targets].flatten(2, 3) for side in sides]
-        inputs = naive_matching.Inputs(*near, *far, tokens, heads.expand(len(query), -1), len(targets), grid.width)
-        every.append(naive_matching.matching_weights(inputs, scale, direction))
-    return torch.stack(every).mean(0)
-
-
-def naive_window(frame: torch.Tensor, token: int, grid: TokenGrid, radius: int) -> torch.Tensor:
-    """The mean (x, y) of the tokens around one, by the weights `[P]` of a frame."""
-    y, x = divmod(token, grid.width)
-    left, up = min(radius, x, grid.width - 1 - x), min(radius, y, grid.height - 1 - y)
-    window = frame.view(grid.height, grid.width)[y - up : y + up + 1, x - left : x + left + 1]
-    lines, columns = torch.arange(y - up, y + up + 1), torch.arange(x - left, x + left + 1)
-    return torch.stack([(window * columns).sum(), (window * lines[:, None]).sum()]) / window.sum()
-
-
-def naive_place(weights: torch.Tensor, pixel: torch.Tensor, grid: TokenGrid, options: MatchOptions) -> torch.Tensor:
-    """Where a pixel is by the weights `[P, P']` of all tokens of its frame for one other."""
-    around = neighbors(pixel[None], grid, options.readout)
-    radius = options.radius if options.readout in ("refined", "soft") else 0
-    found = [naive_window(weights[token], int(weights[token].argmax()), grid, radius) for token in around.tokens[0]]
-    matches = torch.stack(found)[None, :, None]
-    return interpolate_matches(pixel[None], around, matches, grid, options.readout)[0, 0]
-
-
-def naive_match(
-    layers: Sequence[Layer],
-    heads: torch.Tensor,
-    row: int,
-    point: torch.Tensor,
-    frame: int,
-    grid: TokenGrid,
-    options: MatchOptions,
-    scale: float,
-) -> dict[str, Any]:
-    """One point in one frame, and back, by all weights of all tokens of both frames."""
-    tokens = torch.arange(grid.tokens).expand(len(layers[0][0]), -1)
-    source = int(point[0])
-    there, back = (
-        naive_weights(layers, heads, a, [b], tokens, grid, scale, options.direction)[row, :, 0]
-        for a, b in ((source, frame), (frame, source))
-    )
-    nearest = neighbors(point[None, 1:], grid, options.readout)
-    own = there[nearest.tokens[0, nearest.shares.argmax()]]
-    place = naive_place(there, point[1:].double(), grid, options)
-    end = naive_place(back, place, grid, options)
-    share = own / own.sum()
-    known = {"tokens": own.argmax(), "confidence": own.max(), "entropy": torch.special.entr(share).sum()}
-    if source == frame:
-        return known | {"positions": point[1:].double(), "agreement": torch.zeros((), dtype=torch.float64)}
-    return known | {"positions": place, "agreement": (end - point[1:]).norm()}
-
-
-def assert_naive(
-    matches: Matches,
-    layers: Sequence[Layer],
-    heads: torch.Tensor,
-    points: torch.Tensor,
-    grid: TokenGrid,
-    options: MatchOptions,
-    scale: float,
-    frames: Sequence[int],
-    atol: float = 1e-4,
-) -> None:
-    for row in range(len(layers[0][0])):
-        for number, point in enumerate(points):
-            for column, frame in enumerate(frames):
-                expected = naive_match(layers, heads, row, point, frame, grid, options, scale)
-                for name, value in expected.items():
-                    result = getattr(matches, name)[row, number, column]
-                    assert result.dtype == (torch.int64 if name == "tokens" else torch.float32)
-                    torch.testing.assert_close(result.to(value.dtype), value, rtol=0, atol=atol)
-
-
 @either_way
 @pytest.mark.parametrize("readout", READOUTS)
 def test_every_readout_against_all_weights(way: str, readout: str) -> None:
-    layer, points, options = random(SMALL), scattered(SMALL, 5), MatchOptions(readout=readout)
+    layer, points, options = random_layer(SMALL), scattered(SMALL, 5), MatchOptions(readout=readout)
     matches = matched(way, layer, points, SMALL, options)
     assert_naive(matches, [layer], torch.full((3,), 1 / 3), points, SMALL, options, 8**-0.5, range(3))
 
@@ -230,20 +105,24 @@ def test_every_readout_against_all_weights(way: str, readout: str) -> None:
 @either_way
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_every_direction_against_all_weights(way: str, direction: str) -> None:
-    layer, points, options = random(SMALL, seed=1), scattered(SMALL, 5, seed=1), MatchOptions(direction, radius=2)
+    layer, points, options = (
+        random_layer(SMALL, seed=1),
+        scattered(SMALL, 5, seed=1),
+        MatchOptions(direction, radius=2),
+    )
     matches = matched(way, layer, points, SMALL, options, frames=[2, 0], heads=[2, 0], scale=0.7)
     assert_naive(matches, [layer], torch.tensor([0.5, 0, 0.5]), points, SMALL, options, 0.7, [2, 0])
 
 
 @either_way
 def test_heads_by_weight(way: str) -> None:
-    layer, points = random(SMALL, seed=2), scattered(SMALL, 3, seed=2)
+    layer, points = random_layer(SMALL, seed=2), scattered(SMALL, 3, seed=2)
     matches = matched(way, layer, points, SMALL, heads=torch.tensor([1.0, 3.0, 0.0]))
     assert_naive(matches, [layer], torch.tensor([0.25, 0.75, 0]), points, SMALL, MatchOptions(), 8**-0.5, range(3))
 
 
 def test_each_head_by_itself() -> None:
-    query, key = random(SMALL)
+    query, key = random_layer(SMALL)
     points = scattered(SMALL, 4)
     every = match_points(each_head(query), each_head(key), points, SMALL)
     for head in range(3):
@@ -252,27 +131,8 @@ def test_each_head_by_itself() -> None:
             torch.testing.assert_close(getattr(every, name).unflatten(0, (2, 3))[:, head], getattr(alone, name))
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
-def test_layers_are_fused_by_their_mean(direction: str) -> None:
-    layers, points = [random(SMALL, seed=seed) for seed in (3, 4, 5)], scattered(SMALL, 4, seed=3)
-    options = MatchOptions(direction)
-    matches = fused(MatchAccumulator(points, SMALL, options, frames=[1, 2]), layers, weight=0.25)
-    assert_naive(matches, layers, torch.full((3,), 1 / 3), points, SMALL, options, 8**-0.5, [1, 2])
-
-
-def test_layers_are_fused_by_weight() -> None:
-    first, second, points = random(SMALL, seed=3), random(SMALL, seed=4), scattered(SMALL, 4)
-    weighed, repeated = (MatchAccumulator(points, SMALL) for _ in range(2))
-    weighed.add(*first, weight=3.0)
-    weighed.add(*second)
-    for layer in (first, first, second, first):
-        repeated.add(*layer)
-    torch.testing.assert_close(weighed.matches().positions, repeated.matches().positions)
-    torch.testing.assert_close(weighed.matches().confidence, repeated.matches().confidence)
-
-
 def test_official_fusion_adds_logits() -> None:
-    layers, points = [random(SMALL, seed=seed) for seed in (6, 7)], scattered(SMALL, 4)
+    layers, points = [random_layer(SMALL, seed=seed) for seed in (6, 7)], scattered(SMALL, 4)
     query, key = concatenate_layers(layers)
     scale = difftrack_scale(query)
     matches = match_points(query, key, points, SMALL, MatchOptions("forward", "argmax"), scale=scale)
@@ -320,7 +180,7 @@ def test_motion_by_half_a_token_is_seen() -> None:
 
 
 def test_default_temperature_is_by_the_head_width() -> None:
-    query, key = random(SMALL, heads=5)
+    query, key = random_layer(SMALL, heads=5)
     points = scattered(SMALL, 4)
     default = match_points(query, key, points, SMALL, agreement=False)
     right = match_points(query, key, points, SMALL, scale=8**-0.5, agreement=False)
@@ -332,7 +192,7 @@ def test_default_temperature_is_by_the_head_width() -> None:
 
 @either_way
 def test_half_precision_is_weighed_in_full(way: str) -> None:
-    query, key = (side.bfloat16() for side in random(SMALL, heads=4))
+    query, key = (side.bfloat16() for side in random_layer(SMALL, heads=4))
     points = scattered(SMALL, 4)
     matches = matched(way, (query, key), points, SMALL)
     heads = torch.full((4,), 0.25)
@@ -357,7 +217,7 @@ class Largest(TorchDispatchMode):
 @either_way
 def test_memory_is_linear_in_tokens(way: str) -> None:
     grid = TokenGrid(2, 50, 60, (8.0, 8.0))
-    layer = random(grid, rows=1, heads=1, width=4)
+    layer = random_layer(grid, rows=1, heads=1, width=4)
     with Largest() as largest:
         matched(way, layer, scattered(grid, 3), grid)
     assert largest.size <= 512 * grid.tokens
@@ -386,7 +246,7 @@ def test_memory_is_linear_in_tokens(way: str) -> None:
     ],
 )
 def test_refusals(way: str, named: dict[str, Any], message: str) -> None:
-    arguments = {"layer": random(SMALL), "points": scattered(SMALL, 2), "grid": SMALL} | named
+    arguments = {"layer": random_layer(SMALL), "points": scattered(SMALL, 2), "grid": SMALL} | named
     with pytest.raises(ConceptMapsValueError, match=message):
         matched(way, **arguments)
 
@@ -402,17 +262,3 @@ def test_refusals(way: str, named: dict[str, Any], message: str) -> None:
 def test_refused_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConceptMapsValueError, match=message):
         MatchOptions(**options)
-
-
-def test_refusals_of_fusing() -> None:
-    accumulator = MatchAccumulator(scattered(SMALL, 2), SMALL)
-    for read in (accumulator.matches, accumulator.way_back):
-        with pytest.raises(ConceptMapsValueError, match=r"^no layer was added; call add\(\) with the query and key"):
-            read()
-    with pytest.raises(ConceptMapsValueError, match="^weight is 0; expected a positive number$"):
-        accumulator.add(*random(SMALL), weight=0)
-    accumulator.add(*random(SMALL))
-    with pytest.raises(ConceptMapsValueError, match="^the sum of earlier layers has shape .*; expected"):
-        accumulator.add(*random(SMALL, rows=1))
-    with pytest.raises(ConceptMapsValueError, match=r"^no layer was added; call add\(\) with the query and key"):
-        accumulator.way_back().matches()
