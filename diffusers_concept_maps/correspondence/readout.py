@@ -32,6 +32,7 @@ __all__ = [
 
 READOUTS = ("refined", "displacement", "soft", "argmax", "difftrack")
 TIMES = ("center", "last", "difftrack")
+_APART = 1.5  # tokens: neighbors whose motions differ by more are of two things, and no point moves between these
 _MARGIN = 64  # the official grid leaves a 64th of the video's width free, which its read-out takes for its size
 
 
@@ -153,7 +154,8 @@ def interpolate_matches(
         grid: of the clip.
         readout: one of `READOUTS`. "argmax" and "soft" give the match of the nearest token itself; "displacement" and
             "refined" add to the pixel what the tokens around it moved, so that no motion is none to the last digit, at
-            the border as well; "difftrack" mixes the matches, and shrinks and cuts the frame in doing so.
+            the border as well, and "refined" leaves out those that moved otherwise than the nearest; "difftrack" mixes
+            the matches, and shrinks and cuts the frame in doing so.
 
     Returns:
         Float32 `[..., F, 2]`, (x, y), in pixel-center coordinates.
@@ -166,6 +168,11 @@ def interpolate_matches(
         return (shares * matches).sum(-3) * stride
     tokens = torch.stack([around.tokens % grid.width, around.tokens // grid.width], dim=-1)
     moved = matches - tokens[..., None, :]
+    if readout == "refined":
+        choice = around.shares.argmax(-1)[..., None, None, None].expand(*moved.shape[:-3], 1, *moved.shape[-2:])
+        alike = ((moved - moved.gather(-3, choice)).abs() <= _APART).all(-1, keepdim=True)
+        shares = shares * alike
+        shares = shares / shares.sum(-3, keepdim=True)
     return pixels[..., None, :] + (shares * moved).sum(-3) * stride
 
 

@@ -50,8 +50,9 @@ class MatchOptions:
     Attributes:
         direction: as for `ops_matching.temporal_matching`; "both" is the official code's.
         readout: one of `readout.READOUTS`: "argmax", the token of the largest weight; "soft", the mean by weight of a
-            window around it; "displacement" and "refined", what the tokens around the point moved by the first and
-            the second; or "difftrack", the official read-out, which is off even for a still video.
+            window around it; "displacement", what the tokens around the point moved by the first; "refined", by the
+            second, without those that moved otherwise than the nearest; or "difftrack", the official read-out, which
+            is off even for a still video.
         radius: of the window, in tokens.
 
     Raises:

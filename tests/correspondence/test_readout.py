@@ -97,6 +97,21 @@ def test_what_a_readout_makes_of_a_shift(readout: str) -> None:
         assert (result - places - moved).norm(dim=1).max() > 4
 
 
+def test_a_point_beside_another_thing_moves_with_its_own() -> None:
+    """Of two things that part, the mean of all motions around a point puts it between them."""
+    places = torch.tensor([[20.0, 10.0]])  # 3.5 of 16 pixels to the left of the center of token 1, above token 5
+    moved = torch.tensor([[5.0, 0.0], [0.25, 0.0]]).repeat(2, 1)  # of the tokens to the left, and of the nearest
+    results = {}
+    for readout in ("refined", "displacement"):
+        found = neighbors(places, GRID, readout)
+        assert found.tokens.tolist() == [[0, 1, 4, 5]]
+        matches = cells(GRID)[found.tokens] + moved
+        results[readout] = interpolate_matches(places, found, matches[..., None, :], GRID, readout)[0, 0, 0].item()
+    share = 3.5 / 16
+    assert results["refined"] == pytest.approx(24.0)
+    assert results["displacement"] == pytest.approx(20 + 16 * (share * 5 + (1 - share) * 0.25))
+
+
 COVER = covering_frames(49, 13, frames_per_latent=4)
 
 
