@@ -238,7 +238,7 @@ def _read_video(
             apply_rotary_emb(states, rotary, use_real=True, use_real_unbind_dim=-2) for states in (query, key)
         )
     heads = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-    states = attend_video(listener, attn, heads, mask, _dispatch).flatten(2, 3).type_as(query)
+    states = attend_video(listener, attn, heads, mask, partial(_dispatch, mask=mask)).flatten(2, 3).type_as(query)
     return cast(torch.Tensor, attn.to_out[1](attn.to_out[0](states)))
 
 

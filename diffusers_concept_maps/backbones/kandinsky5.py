@@ -162,8 +162,9 @@ class ConceptKandinsky5AttnProcessor(ConceptProcessor, Kandinsky5AttnProcessor):
         query, key = _norm(attn.query_norm, query), _norm(attn.key_norm, key)
         if encoder_hidden_states is None:
             query, key = (states if rotary_emb is None else _rotate(states, rotary_emb) for states in (query, key))
-            mask = None if sparse_params is None else _sparse_mask(recorder, query, key, sparse_params)
-            output = attend_video(recorder, attn, (query, key, value), mask, self._attend)
+            blocks = None if sparse_params is None else _sparse_mask(recorder, query, key, sparse_params)
+            attend = partial(self._attend, mask=blocks)
+            output = attend_video(recorder, attn, (query, key, value), None, attend)
             return cast(torch.Tensor, attn.out_layer(output.flatten(-2, -1)))
         output = self._attend(query, key, value, None)  # of text it is dense, without positions
         states = attn.out_layer(output.flatten(-2, -1))

@@ -138,7 +138,8 @@ class ConceptLTXVideoAttnProcessor(ConceptProcessor, LTXVideoAttnProcessor):
             query, key = apply_rotary_emb(query, image_rotary_emb), apply_rotary_emb(key, image_rotary_emb)
         query, key, value = (_split_heads(attn, states) for states in (query, key, value))
         if encoder_hidden_states is None:
-            output = attend_video(recorder, attn, (query, key, value), attention_mask, self._attend)
+            attend = partial(self._attend, mask=attention_mask)
+            output = attend_video(recorder, attn, (query, key, value), attention_mask, attend)
         else:
             output = self._attend(query, key, value, attention_mask)
         result = attn.to_out[1](attn.to_out[0](output.flatten(2, 3).to(query.dtype)))

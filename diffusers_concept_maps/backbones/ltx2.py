@@ -156,7 +156,7 @@ class _LTX2Processor(ConceptProcessor):
         query, key = _rotate(attn, attn.norm_q(query), attn.norm_k(key), *rotary)
         query, key, value = (_split_heads(attn, states) for states in (query, key, value))
         if text is None:
-            output = attend_video(listener, attn, (query, key, value), mask, self._attend)
+            output = attend_video(listener, attn, (query, key, value), mask, partial(self._attend, mask=mask))
         else:
             output = self._attend(query, key, value, mask)
         states = output.flatten(2, 3).to(query.dtype)

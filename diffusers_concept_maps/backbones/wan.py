@@ -188,7 +188,7 @@ class WanConceptProcessor(ConceptProcessor):
         query, key, value = (_split_heads(attn, states) for states in (query, key, value))
         if rotary is not None:
             query, key = rotate_pairs(query, *rotary), rotate_pairs(key, *rotary)
-        attend = partial(self._attend, splits=True)
+        attend = partial(self._attend, mask=mask, splits=True)
         output = attend_video(listener, attn, (query, key, value), mask, attend)
         states = output.flatten(2, 3).type_as(query)
         return cast(torch.Tensor, attn.to_out[1](attn.to_out[0](states)))

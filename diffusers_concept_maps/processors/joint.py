@@ -76,7 +76,9 @@ class _SharedJointProcessor(ConceptProcessor):
             )
         result = self._finish(attn, output, text, image)
         at_concepts = slice(text + image, None) if joined is not None else None
-        recorder.observe(attn, query, key, value, output, text=slice(0, text), image=at_image, concepts=at_concepts)
+        recorder.observe(
+            attn, query, key, value, output, text=slice(0, text), image=at_image, concepts=at_concepts, mask=mask
+        )
         return result
 
     def _project(self, attn: Attention, joint: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -26,15 +26,15 @@ def attend_video(
         attn: the attention module.
         heads: query, key and value `[batch, S, H, D]`, after norms and rotary embedding.
         mask: see `PassListener.restrict`.
-        attend: the stock attention of query, key, value and mask.
+        attend: the stock attention of these three.
     """
     query, key, value = (tensor.transpose(1, 2) for tensor in heads)
     text, image = slice(0, 0), slice(0, None)
     if listener.restricts:
         output = listener.restrict(query, key, value, text=text, image=image, mask=mask).transpose(1, 2)
     else:
-        output = attend(*heads, mask)
-    listener.observe(attn, query, key, value, output.transpose(1, 2), text=text, image=image)
+        output = attend(*heads)
+    listener.observe(attn, query, key, value, output.transpose(1, 2), text=text, image=image, mask=mask)
     return output
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -40,6 +40,7 @@ class Seen:
     output: torch.Tensor
     text: slice
     image: slice
+    mask: torch.Tensor | None
 
 
 @dataclass
@@ -75,7 +76,7 @@ class Watcher(PassListener[Pass]):
     def observe(
         self, attention: Any, *heads: torch.Tensor, text: slice, image: slice, concepts: Any = None, mask: Any = None
     ) -> None:
-        self.seen.append(Seen(attention, *(tensor.clone() for tensor in heads), text, image))
+        self.seen.append(Seen(attention, *(tensor.clone() for tensor in heads), text, image, mask))
 
     def restrict(self, *heads: torch.Tensor, mask: Any = None, linear: bool = False, **places: slice) -> torch.Tensor:
         assert self._pass is not None
@@ -178,6 +179,8 @@ class TestEveryVideoFamily:
             assert sorted([*range(tokens)[seen.text], *range(tokens)[seen.image]]) == [*range(tokens)]
             assert not range(tokens)[seen.text] or case.joint
             assert (asked.text, asked.image) == (seen.text, seen.image)
+            assert (seen.mask is None) == (asked.mask is None)
+            assert seen.mask is None or torch.equal(seen.mask, cast(torch.Tensor, asked.mask))
             assert seen.output.shape == seen.query.shape == seen.key.shape == seen.value.shape
             shown = seen.image if case.row_by_row else slice(None)  # where padding of the text reads nothing
             assert distance(seen.output[:, :, shown], naive(seen, asked)[:, :, shown]) < 1e-5
