@@ -104,18 +104,41 @@ class _Guide(PassListener[Pass]):
         """Nothing is looked at."""
 
     def restrict(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, text: slice, image: slice
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        text: slice,
+        image: slice,
+        mask: torch.Tensor | None = None,
+        linear: bool = False,
     ) -> torch.Tensor:
         assert self.perturbed is not None  # `records` is True
         grid, mode = self.perturbed.grid, self._settings.mode
+        if linear and mode == "renorm":
+            raise ConceptMapsValueError(
+                "mode is 'renorm', but attention between frames is linear in this model, without a softmax to take "
+                "over fewer tokens; use mode='zero'"
+            )
         start = (image.start or 0) + grid.start
+        size = grid.height * grid.width
         return within_frames(
-            query, key, value, start=start, frames=grid.frames, size=grid.height * grid.width, mode=mode
+            query, key, value, start=start, frames=grid.frames, size=size, mode=mode, mask=mask, linear=linear
         )
 
 
 def within_frames(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, start: int, frames: int, size: int, mode: str
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    start: int,
+    frames: int,
+    size: int,
+    mode: str,
+    mask: torch.Tensor | None = None,
+    linear: bool = False,
 ) -> torch.Tensor:
     """Attention in which the tokens of a frame see none of other frames; all other tokens see everything.
 
@@ -131,28 +154,48 @@ def within_frames(
         frames: their number.
         size: tokens of a frame.
         mode: one of `MODES`.
+        mask: of the model's own attention, see `PassListener.restrict`.
+        linear: see `PassListener.restrict`; the mode is "zero" then.
 
     Returns:
         `[batch, H, S, D]`.
     """
+    attend = _attend_linearly if linear else _attend
     output = torch.empty_like(value)
     stop = start + frames * size
-    around = torch.ones(query.shape[2], dtype=torch.bool)
-    around[start:stop] = False
-    if around.any():
-        others = around.nonzero().flatten().to(query.device)
-        output[:, :, others] = functional.scaled_dot_product_attention(query[:, :, others], key, value)
+    tokens = torch.arange(query.shape[2], device=query.device)
+    before, behind = tokens[:start], tokens[stop:]
+    others = torch.cat([before, behind])
+    if others.numel():
+        output[:, :, others] = attend(query[:, :, others], key, value, _rows_of(mask, others))
     kept = torch.cat([value[:, :, :start], torch.zeros_like(value[:, :, start:stop]), value[:, :, stop:]], dim=2)
-    for frame in range(frames):
-        own = slice(start + frame * size, start + (frame + 1) * size)
+    for own in tokens[start:stop].split(size):
+        rows = _rows_of(mask, own)
         if mode == "zero":
             kept[:, :, own] = value[:, :, own]
-            output[:, :, own] = functional.scaled_dot_product_attention(query[:, :, own], key, kept)
+            output[:, :, own] = attend(query[:, :, own], key, kept, rows)
             kept[:, :, own] = 0
         else:
-            keys, values = (torch.cat([t[:, :, :start], t[:, :, own], t[:, :, stop:]], dim=2) for t in (key, value))
-            output[:, :, own] = functional.scaled_dot_product_attention(query[:, :, own], keys, values)
+            seen = torch.cat([before, own, behind])
+            columns = None if rows is None else rows[..., seen]
+            output[:, :, own] = attend(query[:, :, own], key[:, :, seen], value[:, :, seen], columns)
     return output
+
+
+def _rows_of(mask: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor | None:
+    """The mask of some queries; one row may stand for all of them."""
+    return mask if mask is None or mask.shape[-2] == 1 else mask[..., tokens, :]
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+def _attend_linearly(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    assert mask is None  # no model has both
+    return query @ (key.mT @ value)
 
 
 class _Guidance(Attachment):
