@@ -19,7 +19,7 @@ from test_undo import assert_same, snapshot
 from torch import nn
 
 import diffusers_concept_maps as dcm
-from diffusers_concept_maps import backbones, one_directional, recorder
+from diffusers_concept_maps import backbones, listener, one_directional, recorder
 from diffusers_concept_maps.backbones import JointBackbone
 
 CONCEPTS = ["dog", "running", "sky"]
@@ -200,7 +200,7 @@ class XFormersStandIn(CogVideoXAttnProcessor2_0):
 @pytest.fixture
 def warnings_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     messages: list[str] = []
-    monkeypatch.setattr(recorder.logger, "warning", messages.append)
+    monkeypatch.setattr(listener.logger, "warning", messages.append)
     return messages
 
 

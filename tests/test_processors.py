@@ -36,12 +36,15 @@ class Watcher:
         self.shown: list[tuple[torch.Tensor, ...]] = []
         self.answering = False
         self.joined = None
+        self.restricts = False
         self._records = records
 
     def records(self, attention: Any) -> bool:
         return self._records
 
-    def observe(self, attention: Any, *tensors: torch.Tensor, text: slice, image: slice, concepts: None) -> None:
+    def observe(
+        self, attention: Any, *tensors: torch.Tensor, text: slice, image: slice, concepts: None, mask: Any
+    ) -> None:
         self.shown.append(tuple(torch.cat([tensor[:, :, text], tensor[:, :, image]], dim=2) for tensor in tensors))
 
 

@@ -15,7 +15,7 @@ from host._families import CONCEPTS, FLUX, SD3, WAN, Case, pipeline_of, run, sam
 from host._features import Blank, cells, refused
 
 import diffusers_concept_maps as dcm
-from diffusers_concept_maps import recorder
+from diffusers_concept_maps import listener
 from diffusers_concept_maps.backbones import find_backbone
 
 SWAPS = ("CogVideoX", "SD3")
@@ -33,7 +33,7 @@ def global_backend() -> Iterator[None]:
 @pytest.fixture
 def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     messages: list[str] = []
-    monkeypatch.setattr(recorder.logger, "warning", messages.append)
+    monkeypatch.setattr(listener.logger, "warning", messages.append)
     return messages
 
 
