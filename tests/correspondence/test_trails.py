@@ -219,7 +219,7 @@ def test_many_colors_need_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"trail": -1}, "trail is -1; expected a number of frames, 0 for none"),
         ({"radius": 0.0}, "radius is 0.0; expected a positive number of pixels"),
         ({"radius": math.nan}, "radius is nan; expected a positive number of pixels"),
-        ({"frames": []}, "expected the frames of one video"),
+        ({"frames": []}, "frames are list without an item"),
     ],
 )
 def test_what_does_not_fit_is_refused(changed: dict[str, Any], message: str, pixels: np.ndarray) -> None:
