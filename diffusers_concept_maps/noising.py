@@ -67,18 +67,38 @@ def at_level(scheduler: Any, level: float) -> Any:
         scheduler: of the pipeline; it stays as it is.
         level: fraction of the training schedule.
     """
-    own = type(scheduler).from_config(scheduler.config)
-    set_timesteps = own.set_timesteps
-    timestep = level * own.config.num_train_timesteps if is_flow(own) else _step(own, level)
+    if not is_flow(scheduler):
+        step = _step(scheduler, level)
+        kept = float(scheduler.alphas_cumprod[step])
+        return one_step(scheduler, step, ((1 - kept) / kept) ** 0.5)
+    sigma = 1 - level if getattr(scheduler.config, "invert_sigmas", False) else level
+    # In single precision, as schedulers do it: integer timesteps are cut, not rounded.
+    return one_step(scheduler, float(torch.tensor(sigma) * scheduler.config.num_train_timesteps), sigma)
 
-    @wraps(set_timesteps)  # pipelines look at its arguments
-    def set_one(*args: Any, **kwargs: Any) -> None:
-        set_timesteps(*args, **kwargs)
-        own.timesteps = torch.full_like(own.timesteps[:1], timestep)
-        if isinstance(getattr(own, "sigmas", None), torch.Tensor):
-            own.sigmas = own.sigmas.new_tensor([level, 0.0])
 
-    own.set_timesteps = set_one
+def one_step(scheduler: Any, timestep: float, sigma: float) -> Any:
+    """A scheduler of the same config whose schedule is one step, whatever is asked of it.
+
+    Args:
+        scheduler: of the pipeline; it stays as it is.
+        timestep: what the schedule holds.
+        sigma: likewise, for schedulers with sigmas.
+    """
+    cls: Any = type(scheduler)
+
+    class OneStep(cls):
+        """Of a class of its own, because pipelines make deep copies of their scheduler."""
+
+        @wraps(cls.set_timesteps)  # pipelines look at its arguments
+        def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+            super().set_timesteps(*args, **kwargs)
+            self.timesteps = torch.full_like(self.timesteps[:1], timestep)
+            if isinstance(getattr(self, "sigmas", None), torch.Tensor):
+                end = 1.0 if getattr(self.config, "invert_sigmas", False) else 0.0
+                self.sigmas = self.sigmas.new_tensor([sigma, end])
+
+    own = cls.from_config(scheduler.config)
+    own.__class__ = OneStep
     return own
 
 

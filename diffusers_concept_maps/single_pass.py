@@ -19,7 +19,16 @@ from torch import nn
 from diffusers_concept_maps.attachment import DeepestLayerReached, by_name
 from diffusers_concept_maps.backbones import Backbone, find_backbone, find_transformers, uncompiled
 
-_IMAGE_PIPELINES = ("ImageToVideo", "Img2Img", "VideoToVideo", "Inpaint")
+_IMAGE_PIPELINES = (
+    "ImageToVideo",
+    "Img2Img",
+    "VideoToVideo",
+    "VideoToWorld",
+    "Video2World",
+    "Inpaint",
+    "Fill",
+    "Edit",
+)
 """Parts of the class names of pipelines that need an image or a video where their signature says it is optional."""
 
 
@@ -45,6 +54,7 @@ class SinglePass:
         self.pipe.__dict__.update(pipe.__dict__)
         self.pipe.__dict__["encode_prompt"] = _remembering(pipe.encode_prompt)
         self.pipe.set_progress_bar_config(disable=True)
+        self.backbone.prepare(self.pipe)
         self._prompt = prompt
         self._call = dict(call or {})
 
@@ -102,12 +112,15 @@ class SinglePass:
         """Arguments of the pipeline's call."""
         known = inspect.signature(type(self.pipe).__call__).parameters
         frames, _, height, width = clip.shape
-        given: dict[str, Any] = {"prompt": self._prompt, "height": height, "width": width, "num_frames": frames}
-        given |= self.backbone.real_arguments(self.pipe)
+        given: dict[str, Any] = {"prompt": self._prompt, "height": height, "width": width}
+        given |= {"num_frames": frames, "frames": frames, "max_area": height * width}
+        given |= self.backbone.real_arguments(self.pipe, frames)
         wants_images = any(part in type(self.pipe).__name__ for part in _IMAGE_PIPELINES)
-        for name, value in (("image", _first_picture), ("video", _pictures)):
+        for name, value in (("image", _first_picture), ("video", _pictures), ("mask_image", _everything)):
             if name in known and (wants_images or known[name].default is inspect.Parameter.empty):
                 given[name] = value(clip)
+        if given.get("image") is not None and given.get("video") is not None:
+            del given["video"]  # one of them
         return {name: value for name, value in given.items() if name in known} | self._call
 
 
@@ -120,6 +133,13 @@ def _pictures(clip: torch.Tensor) -> list[Any]:
 
 def _first_picture(clip: torch.Tensor) -> Any:
     return _pictures(clip[:1])[0]
+
+
+def _everything(clip: torch.Tensor) -> Any:
+    """The mask with which a whole image is made anew."""
+    from PIL import Image
+
+    return Image.new("L", (clip.shape[3], clip.shape[2]), 255)
 
 
 def _remembering(encode_prompt: Callable[..., Any]) -> Callable[..., Any]:
@@ -139,11 +159,13 @@ def _remembering(encode_prompt: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether arguments are alike; of tensors and pictures, whether they are the same objects."""
+    """Whether arguments are alike; pictures come anew with every run, and are alike where their pixels are."""
     if type(a) is not type(b):
         return False
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(_same, a, b))
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    return a is b or (isinstance(a, str | int | float | torch.device | torch.dtype) and bool(a == b))
+    if isinstance(a, torch.Tensor):
+        return a is b or (a.dtype == b.dtype and a.device == b.device and torch.equal(a, b))
+    return a is b or bool(a == b)

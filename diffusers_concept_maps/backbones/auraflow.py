@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from diffusers_concept_maps.backbones._base import Grid, JointBackbone, Site
+from diffusers_concept_maps.backbones._real import ClipShape, ImageInput
 from diffusers_concept_maps.processors._base import ConceptProcessor
 from diffusers_concept_maps.tokens import check_encoders, undisturbed, word_tokens
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 _REGISTERS = 8
 
 
-class AuraFlowBackbone(JointBackbone):
+class AuraFlowBackbone(ImageInput, JointBackbone):
     """AuraFlow; its layers are the blocks with a text stream, then the single ones."""
 
     transformer_classes: ClassVar[tuple[str, ...]] = ("AuraFlowTransformer2DModel",)
@@ -61,6 +62,11 @@ class AuraFlowBackbone(JointBackbone):
         _, _, height, width = call["hidden_states"].shape
         patch = int(transformer.config.patch_size)
         return Grid(1, height // patch, width // patch)
+
+    def clip_shape(self, pipe: Any) -> ClipShape:
+        """See `RealInput.clip_shape`."""
+        factor, config = int(pipe.vae_scale_factor), pipe.transformer.config
+        return ClipShape(2 * factor, (int(config.sample_size) * factor) ** 2)
 
     def timesteps(self, scheduled: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """See `Backbone.timesteps`; a thousandth, rounded at the end."""

@@ -124,10 +124,10 @@ class CogVideoXBackbone(JoiningBackbone):
         # Whatever the model was trained with, `sample_frames` is the number of frames; the pipelines take it so, too.
         return ClipShape(lcm(8, factor * int(config.patch_size)), area, int(config.sample_frames), step)
 
-    def real_arguments(self, pipe: Any) -> dict[str, Any]:
+    def real_arguments(self, pipe: Any, frames: int) -> dict[str, Any]:
         """See `RealInput.real_arguments`; the sin-cos positions of a model are for one text length."""
         length = int(pipe.transformer.config.max_text_seq_length)
-        return super().real_arguments(pipe) | {"max_sequence_length": length}
+        return super().real_arguments(pipe, frames) | {"max_sequence_length": length}
 
     def insert(self, pipe: Any, call: Mapping[str, Any], latents: torch.Tensor) -> dict[str, Any]:
         """See `RealInput.insert`; 1.5 has an odd number of latent frames padded in front."""

@@ -19,7 +19,9 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_cosmos import CosmosAttnProcessor2_0, CosmosAttnProcessor2_5
 
 from diffusers_concept_maps.backbones._base import CrossBackbone, Grid, Site
+from diffusers_concept_maps.backbones._real import posterior_mean
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
+from diffusers_concept_maps.noising import one_step
 from diffusers_concept_maps.processors._base import ConceptProcessor
 from diffusers_concept_maps.processors.video import attend_video
 from diffusers_concept_maps.tokens import (
@@ -121,6 +123,50 @@ class CosmosBackbone(CrossBackbone):
         ways = (scheduled, sigmas / (sigmas + 1), sigmas, sigmas.to(pipe.transformer.dtype))
         return torch.stack([way.to(dtype) for way in ways])
 
+    def latents(self, pipe: Any, clip: torch.Tensor) -> torch.Tensor:
+        """See `RealInput.latents`; the VAE of Cosmos 1 has mean and deviation for every latent frame."""
+        latents, config = posterior_mean(pipe.vae.encode(clip)), pipe.vae.config
+        if config.latents_mean is not None:
+            shape = (1, latents.shape[1], -1, 1, 1)
+            known = (latents.new_tensor(own).view(shape) for own in (config.latents_mean, config.latents_std))
+            mean, std = (own[:, :, : latents.shape[2]] for own in known)
+            latents = (latents - mean) / std
+        return latents * _deviation(pipe)
+
+    def insert(self, pipe: Any, call: Mapping[str, Any], latents: torch.Tensor) -> dict[str, Any]:
+        """See `RealInput.insert`; what the transformer is given has deviation 1."""
+        return super().insert(pipe, call, latents / _deviation(pipe))
+
+    def given(self, pipe: Any, call: Mapping[str, Any]) -> torch.Tensor | None:
+        """See `RealInput.given`."""
+        mask = call.get("condition_mask")
+        return None if mask is None else cast(torch.Tensor, mask != 0)
+
+    def add_noise(self, pipe: Any, clean: torch.Tensor, noise: torch.Tensor, level: float) -> torch.Tensor:
+        """See `RealInput.add_noise`.
+
+        Cosmos 1 and 2 add it at deviation 1 of the clip without taking from the clip, and scale the sum: at the ratio
+        of noise to clip that flow matching has at this level, as far as their schedule goes.
+        """
+        scheduler = pipe.scheduler
+        if not _adds(scheduler):
+            return super().add_noise(pipe, clean, noise, level)
+        deviation, sigma = _deviation(pipe), _sigma(scheduler, level)
+        noisy = clean + sigma * noise
+        if hasattr(scheduler, "precondition_inputs"):
+            return cast(torch.Tensor, scheduler.precondition_inputs(noisy, sigma) * deviation)
+        return noisy / (1 + sigma) * deviation
+
+    def scheduler_at(self, pipe: Any, level: float) -> Any:
+        """See `RealInput.scheduler_at` and `add_noise`."""
+        scheduler = pipe.scheduler
+        if not _adds(scheduler):
+            return super().scheduler_at(pipe, level)
+        sigma = _sigma(scheduler, level)
+        if hasattr(scheduler, "precondition_noise"):
+            return one_step(scheduler, float(scheduler.precondition_noise(sigma)), sigma)
+        return one_step(scheduler, sigma * scheduler.config.num_train_timesteps, sigma)
+
     def geometry(self, transformer: Any) -> dict[str, int]:
         """See `Backbone.geometry`; Cosmos 1 has an autoencoder of its own."""
         config = transformer.config
@@ -137,6 +183,21 @@ class CosmosBackbone(CrossBackbone):
         if transformer.config.use_crossattn_projection:
             embeds = transformer.crossattn_proj(embeds)
         return embeds
+
+
+def _adds(scheduler: Any) -> bool:
+    """Whether noise is added to a clip that stays as large as it is; the pipelines of Cosmos 1 and 2 say how large."""
+    return getattr(scheduler.config, "sigma_data", None) is not None
+
+
+def _deviation(pipe: Any) -> float:
+    return float(getattr(pipe.scheduler.config, "sigma_data", None) or 1.0)
+
+
+def _sigma(scheduler: Any, level: float) -> float:
+    config = scheduler.config
+    largest, smallest = float(config.sigma_max), float(config.sigma_min)
+    return max(min(level / (1 - level) * config.sigma_data, largest), smallest) if level < 1 else largest
 
 
 def _text_of(context: Any) -> torch.Tensor:

@@ -18,6 +18,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, Fl
 from torch import nn
 
 from diffusers_concept_maps.backbones._base import Grid, JointBackbone, Preset, Site
+from diffusers_concept_maps.backbones._real import ImageInput, only_frame, put_tokens
 from diffusers_concept_maps.parity import CONCEPT_ATTENTION, FLUX_CONCEPT_ATTENTION, Parity
 from diffusers_concept_maps.processors._base import ConceptProcessor
 from diffusers_concept_maps.tokens import check_encoders, token_spans, undisturbed, word_tokens
@@ -27,7 +28,7 @@ _LAYERS = {"concept_attention": (15, 16, 17, 18)}
 _PUBLISHED = "default layers of the pipeline published with ConceptAttention (arXiv 2502.04320); all steps, as there"
 
 
-class FluxBackbone(JointBackbone):
+class FluxBackbone(ImageInput, JointBackbone):
     """All pipelines around `FluxTransformer2DModel`.
 
     The preset of dev is that of Krea and Kontext as well, which have the same config.
@@ -76,6 +77,15 @@ class FluxBackbone(JointBackbone):
     def timesteps(self, scheduled: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """See `Backbone.timesteps`."""
         return scheduled.to(dtype) / 1000
+
+    def insert(self, pipe: Any, call: Mapping[str, Any], latents: torch.Tensor) -> dict[str, Any]:
+        """See `RealInput.insert`; control images are channels behind its own, reference images tokens behind them."""
+        own = self.grid(pipe.transformer, call).tokens
+        return {"hidden_states": put_tokens(call["hidden_states"], self.pack(pipe, only_frame(latents)), own)}
+
+    def pack(self, pipe: Any, latents: torch.Tensor) -> torch.Tensor:
+        """Latents `[batch, channel, height, width]` as the pipeline makes tokens of them."""
+        return cast(torch.Tensor, pipe._pack_latents(latents, *latents.shape))
 
     def grid(self, transformer: Any, call: Mapping[str, Any]) -> Grid:
         """See `Backbone.grid`.

@@ -26,6 +26,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from diffusers_concept_maps.backbones._base import Grid, Preset
+from diffusers_concept_maps.backbones._real import normalize_latents, posterior_mean
 from diffusers_concept_maps.backbones.flux import (
     Attend,
     DispatchProcessor,
@@ -101,6 +102,16 @@ class Flux2Backbone(FluxBackbone):
         marks = _adds_marks(pipe, chat)
         spans = token_spans(tokenizer, chat, length, padding="max_length", add_special_tokens=marks)
         return spans_inside(spans, begin, prompt)
+
+    def image_latents(self, pipe: Any, images: torch.Tensor) -> torch.Tensor:
+        """See `ImageInput.image_latents`; twos of latents are channels, which the VAE has a batch norm for."""
+        vae, latents = pipe.vae, pipe._patchify_latents(posterior_mean(pipe.vae.encode(images)))
+        std = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
+        return normalize_latents(latents, vae.bn.running_mean, std)
+
+    def pack(self, pipe: Any, latents: torch.Tensor) -> torch.Tensor:
+        """See `FluxBackbone.pack`."""
+        return cast(torch.Tensor, pipe._pack_latents(latents))
 
     def grid(self, transformer: Any, call: Mapping[str, Any]) -> Grid:
         """See `Backbone.grid`; kept references are in front of the image, others behind it."""

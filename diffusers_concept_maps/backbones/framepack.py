@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from inspect import signature
 from math import ceil, prod
 from typing import Any, ClassVar
 
 from diffusers_concept_maps.backbones._base import Grid, Preset
+from diffusers_concept_maps.backbones._real import ClipShape
 from diffusers_concept_maps.backbones.hunyuan_video import HunyuanVideoBackbone, prompt_spans
 
 _HISTORY = {
@@ -37,6 +39,17 @@ class FramepackBackbone(HunyuanVideoBackbone):
             if latents is not None and call.get(name.replace("latents", "indices_latents")) is not None:
                 start += prod(ceil(size / part) for size, part in zip(latents.shape[2:], patch, strict=True))
         return replace(super().grid(transformer, call), start=start)
+
+    def clip_shape(self, pipe: Any) -> ClipShape:
+        """See `RealInput.clip_shape`; a clip is a section."""
+        window = int(signature(type(pipe).__call__).parameters["latent_window_size"].default)
+        step = int(pipe.vae_scale_factor_temporal)
+        return replace(super().clip_shape(pipe), frames=(window - 1) * step + 1)
+
+    def real_arguments(self, pipe: Any, frames: int) -> dict[str, Any]:
+        """See `RealInput.real_arguments`; the clip is the only section, of as many frames as it has."""
+        window = (frames - 1) // int(pipe.vae_scale_factor_temporal) + 1
+        return super().real_arguments(pipe, frames) | {"latent_window_size": window}
 
     def text_length(self, call: Mapping[str, Any]) -> int:
         """See `Backbone.text_length`; of a single clip the model cuts the padding off, and waits for the device."""

@@ -111,6 +111,13 @@ class HunyuanVideoBackbone(JointBackbone):
         patch, config = int(transformer.config.patch_size), transformer.config
         return Grid(frames // int(config.patch_size_t), height // patch, width // patch)
 
+    def given(self, pipe: Any, call: Mapping[str, Any]) -> torch.Tensor | None:
+        """See `RealInput.given`; some image-to-video models have the image in place of the first latent frame."""
+        if getattr(pipe.transformer.config, "image_condition_type", None) != "token_replace":
+            return None
+        hidden = call["hidden_states"]
+        return (torch.arange(hidden.shape[2], device=hidden.device) == 0).view(1, 1, -1, 1, 1)
+
     def geometry(self, transformer: Any) -> dict[str, int]:
         """See `Backbone.geometry`; the temporal factor is that of the family's VAE."""
         return {

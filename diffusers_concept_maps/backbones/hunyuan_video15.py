@@ -10,13 +10,16 @@ pass, such as skip-layer guidance, cannot be traced.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from typing import Any, ClassVar
 
 import torch
+from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
 from torch.nn import functional
 
 from diffusers_concept_maps.backbones._base import Preset, Site
+from diffusers_concept_maps.backbones._real import ClipShape, default_shape
 from diffusers_concept_maps.backbones.hunyuan_video import HunyuanVideoBackbone, HunyuanVideoConceptProcessor
 from diffusers_concept_maps.tokens import check_encoders, spans_inside, token_spans, undisturbed, word_tokens
 
@@ -48,6 +51,18 @@ class HunyuanVideo15Backbone(HunyuanVideoBackbone):
                 crop_start=pipe.prompt_template_encode_start_idx,
             )
         return states, counts
+
+    def clip_shape(self, pipe: Any) -> ClipShape:
+        """See `RealInput.clip_shape`; the model knows the size that it was trained with."""
+        spatial, temporal = int(pipe.vae_scale_factor_spatial), int(pipe.vae_scale_factor_temporal)
+        multiple = spatial * int(pipe.transformer.config.patch_size)
+        return default_shape(pipe, multiple, temporal, area=int(pipe.target_size) ** 2)
+
+    def prepare(self, pipe: Any) -> None:
+        """See `RealInput.prepare`; guidance is a component, and image-to-video has sizes of its own."""
+        pipe.guider = ClassifierFreeGuidance(enabled=False)
+        pipe.video_processor = copy(pipe.video_processor)
+        pipe.video_processor.calculate_default_height_width = lambda height, width, target_size: (height, width)
 
     def text_length(self, call: Mapping[str, Any]) -> int:
         """See `Backbone.text_length`."""

@@ -20,6 +20,14 @@ from diffusers.pipelines.kandinsky5.pipeline_kandinsky import prompt_clean
 from torch.nn.utils.rnn import pad_sequence
 
 from diffusers_concept_maps.backbones._base import CrossBackbone, Grid, Site, unpatched
+from diffusers_concept_maps.backbones._real import (
+    ClipShape,
+    by_frame,
+    default_shape,
+    posterior_mean,
+    put_channels,
+    scale_latents,
+)
 from diffusers_concept_maps.errors import ConceptMapsError
 from diffusers_concept_maps.processors._base import ConceptProcessor
 from diffusers_concept_maps.processors.video import attend_video
@@ -105,6 +113,25 @@ class Kandinsky5Backbone(CrossBackbone):
         sparse = call.get("sparse_params")
         square = _SQUARE if sparse is not None and sparse["to_fractal"] else 1
         return Grid(frames // frame, height // row, width // column, square=square)
+
+    def clip_shape(self, pipe: Any) -> ClipShape:
+        """See `RealInput.clip_shape`; some pipelines make images, and sparse models take tokens by squares."""
+        config, step = pipe.transformer.config, int(getattr(pipe, "vae_scale_factor_temporal", 1))
+        square = _SQUARE if config.attention_type == "nabla" else 1
+        return default_shape(pipe, int(pipe.vae_scale_factor_spatial) * int(config.patch_size[-1]) * square, step)
+
+    def latents(self, pipe: Any, clip: torch.Tensor) -> torch.Tensor:
+        """See `RealInput.latents`; a VAE is one of videos or of images."""
+        if "num_frames" in signature(type(pipe).__call__).parameters:
+            return super().latents(pipe, clip)
+        return by_frame(lambda images: scale_latents(pipe.vae, posterior_mean(pipe.vae.encode(images))), clip)
+
+    def insert(self, pipe: Any, call: Mapping[str, Any], latents: torch.Tensor) -> dict[str, Any]:
+        """See `RealInput.insert`; channels are last, and those of an image to start from follow a frame's own."""
+        hidden, channels = call["hidden_states"], latents.shape[1]
+        own, shown = hidden[..., :channels], hidden[..., channels : 2 * channels]
+        given = (own == shown).flatten(2).all(2)[:, :, None, None, None] if shown.shape == own.shape else None
+        return {"hidden_states": put_channels(hidden, latents.movedim(1, -1), dim=4, given=given)}
 
     def timesteps(self, scheduled: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """See `Backbone.timesteps`; rounded to the dtype of the latents."""

@@ -17,6 +17,13 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_ltx import LTXAttention, LTXVideoAttnProcessor, apply_rotary_emb
 
 from diffusers_concept_maps.backbones._base import CrossBackbone, Grid, Site
+from diffusers_concept_maps.backbones._real import (
+    ClipShape,
+    default_shape,
+    normalize_latents,
+    posterior_mean,
+    put_tokens,
+)
 from diffusers_concept_maps.errors import ConceptMapsError
 from diffusers_concept_maps.processors._base import ConceptProcessor
 from diffusers_concept_maps.processors.video import attend_video
@@ -78,6 +85,31 @@ class LTXBackbone(CrossBackbone):
                 f"cannot be traced)"
             )
         return grid
+
+    def clip_shape(self, pipe: Any) -> ClipShape:
+        """See `RealInput.clip_shape`."""
+        multiple = int(pipe.vae_spatial_compression_ratio) * int(pipe.transformer_spatial_patch_size)
+        return default_shape(pipe, multiple, int(pipe.vae_temporal_compression_ratio))
+
+    def latents(self, pipe: Any, clip: torch.Tensor) -> torch.Tensor:
+        """See `RealInput.latents`; mean and deviation are buffers."""
+        vae = pipe.vae
+        latents = normalize_latents(posterior_mean(vae.encode(clip)), vae.latents_mean, vae.latents_std)
+        return latents * float(vae.config.scaling_factor)
+
+    def insert(self, pipe: Any, call: Mapping[str, Any], latents: torch.Tensor) -> dict[str, Any]:
+        """See `RealInput.insert`; conditions stay, in the grid and in front of it."""
+        hidden, own = call["hidden_states"], self.grid(pipe.transformer, call).tokens
+        patches = pipe.transformer_spatial_patch_size, pipe.transformer_temporal_patch_size
+        tokens = pipe._pack_latents(latents, *patches)
+        return {"hidden_states": put_tokens(hidden, tokens, own, self.given(pipe, call))}
+
+    def given(self, pipe: Any, call: Mapping[str, Any]) -> torch.Tensor | None:
+        """See `RealInput.given`; where every token has a timestep, given ones have another than noise."""
+        steps, own = call["timestep"], self.grid(pipe.transformer, call).tokens
+        if steps.ndim == 1 or steps.shape[1] == 1:
+            return None
+        return cast(torch.Tensor, steps != steps.amax())[:, own]
 
     def timesteps(self, scheduled: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """See `Backbone.timesteps`; tokens that are given have timesteps of their own."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -24,6 +25,13 @@ from diffusers.models.transformers.transformer_ltx2 import (
 )
 
 from diffusers_concept_maps.backbones._base import CrossBackbone, Grid, Site
+from diffusers_concept_maps.backbones._real import (
+    ClipShape,
+    default_shape,
+    normalize_latents,
+    posterior_mean,
+    put_tokens,
+)
 from diffusers_concept_maps.errors import ConceptMapsError
 from diffusers_concept_maps.processors._base import ConceptProcessor
 from diffusers_concept_maps.processors.video import attend_video
@@ -34,6 +42,7 @@ if TYPE_CHECKING:
     from diffusers_concept_maps.listener import PassListener
 
 _TEXT_TOKENS = 1024
+_FRAMES = 121
 
 
 class LTX2Backbone(CrossBackbone):
@@ -97,6 +106,39 @@ class LTX2Backbone(CrossBackbone):
                 f"the video is not known (pipelines that make it in tiles cannot be traced)"
             )
         return Grid(*(int(cast(int, size)) for size in sizes))
+
+    def clip_shape(self, pipe: Any) -> ClipShape:
+        """See `RealInput.clip_shape`."""
+        multiple = int(pipe.vae_spatial_compression_ratio) * int(pipe.transformer_spatial_patch_size)
+        return default_shape(pipe, multiple, int(pipe.vae_temporal_compression_ratio), frames=_FRAMES)
+
+    def latents(self, pipe: Any, clip: torch.Tensor) -> torch.Tensor:
+        """See `RealInput.latents`; mean and deviation are buffers."""
+        vae = pipe.vae
+        latents = normalize_latents(posterior_mean(vae.encode(clip)), vae.latents_mean, vae.latents_std)
+        return latents * float(vae.config.scaling_factor)
+
+    def real_arguments(self, pipe: Any, frames: int) -> dict[str, Any]:
+        """See `RealInput.real_arguments`; the sound, of which nothing is known, is noise."""
+        ones = dict.fromkeys(("audio_guidance_scale", "modality_scale", "audio_modality_scale"), 1.0)
+        unguided = {**ones, "stg_scale": 0.0, "audio_stg_scale": 0.0}
+        known = signature(type(pipe).__call__).parameters
+        wanted = super().real_arguments(pipe, frames)
+        return wanted | {name: value for name, value in unguided.items() if name in known}
+
+    def insert(self, pipe: Any, call: Mapping[str, Any], latents: torch.Tensor) -> dict[str, Any]:
+        """See `RealInput.insert`; conditions stay, in the grid and behind it."""
+        hidden, own = call["hidden_states"], self.grid(pipe.transformer, call).tokens
+        patches = pipe.transformer_spatial_patch_size, pipe.transformer_temporal_patch_size
+        tokens = pipe._pack_latents(latents, *patches)
+        return {"hidden_states": put_tokens(hidden, tokens, own, self.given(pipe, call))}
+
+    def given(self, pipe: Any, call: Mapping[str, Any]) -> torch.Tensor | None:
+        """See `RealInput.given`; where every token has a timestep, given ones have another than noise."""
+        steps, own = call["timestep"], self.grid(pipe.transformer, call).tokens
+        if steps.ndim == 1 or steps.shape[1] == 1:
+            return None
+        return cast(torch.Tensor, steps != steps.amax())[:, own]
 
     def timesteps(self, scheduled: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """See `Backbone.timesteps`; tokens that are given have timesteps of their own."""

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from diffusers_concept_maps.backbones._base import Grid, JointBackbone, Site
+from diffusers_concept_maps.backbones._real import ClipShape, default_shape
 from diffusers_concept_maps.processors._base import ConceptProcessor
 from diffusers_concept_maps.tokens import check_encoders, undisturbed, word_tokens
 
@@ -66,6 +67,11 @@ class MochiBackbone(JointBackbone):
     def timesteps(self, scheduled: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """See `Backbone.timesteps`; the pipeline writes down another number, counted from the other end."""
         return scheduled.to(dtype)
+
+    def clip_shape(self, pipe: Any) -> ClipShape:
+        """See `RealInput.clip_shape`."""
+        multiple = int(pipe.vae_spatial_scale_factor) * int(pipe.patch_size)
+        return default_shape(pipe, multiple, int(pipe.vae_temporal_scale_factor))
 
     def enter(
         self, transformer: Any, embeds: torch.Tensor, like: torch.Tensor, call: Mapping[str, Any], rows: slice

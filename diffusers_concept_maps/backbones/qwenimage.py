@@ -24,6 +24,13 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from diffusers_concept_maps.backbones._base import Grid, JointBackbone, Site
+from diffusers_concept_maps.backbones._real import (
+    ImageInput,
+    only_frame,
+    posterior_mean,
+    put_tokens,
+    scale_latents,
+)
 from diffusers_concept_maps.errors import ConceptMapsError
 from diffusers_concept_maps.processors._base import ConceptProcessor
 from diffusers_concept_maps.tokens import check_encoders, spans_inside, token_spans, undisturbed, word_tokens
@@ -31,7 +38,7 @@ from diffusers_concept_maps.tokens import check_encoders, spans_inside, token_sp
 _IMAGE_MARK = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
-class QwenImageBackbone(JointBackbone):
+class QwenImageBackbone(ImageInput, JointBackbone):
     """Qwen-Image; its pipelines write a prompt into a template, of which the transformer sees the end."""
 
     transformer_classes: ClassVar[tuple[str, ...]] = ("QwenImageTransformer2DModel",)
@@ -87,6 +94,30 @@ class QwenImageBackbone(JointBackbone):
         if transformer.config.use_layer3d_rope:
             return Grid(len(shapes) - 2, height, width, start=height * width)
         return Grid(frames, height, width)
+
+    def image_latents(self, pipe: Any, images: torch.Tensor) -> torch.Tensor:
+        """See `ImageInput.image_latents`; the VAE is one of videos, which takes every frame by itself here."""
+        return scale_latents(pipe.vae, posterior_mean(pipe.vae.encode(images.unsqueeze(2)))).squeeze(2)
+
+    def real_arguments(self, pipe: Any, frames: int) -> dict[str, Any]:
+        """See `RealInput.real_arguments`.
+
+        Raises:
+            ConceptMapsError: the pipeline takes an image apart.
+        """
+        if pipe.transformer.config.use_layer3d_rope:
+            raise ConceptMapsError(
+                f"{type(pipe).__name__} makes the layers of an image, which an image alone does not have; use "
+                f"another pipeline of Qwen-Image"
+            )
+        wanted = super().real_arguments(pipe, frames)
+        wanted.pop("guidance_scale", None)  # of models that none of these is
+        return wanted | {"true_cfg_scale": 1.0}
+
+    def insert(self, pipe: Any, call: Mapping[str, Any], latents: torch.Tensor) -> dict[str, Any]:
+        """See `RealInput.insert`; given images stay behind it."""
+        image, own = only_frame(latents), self.grid(pipe.transformer, call).tokens
+        return {"hidden_states": put_tokens(call["hidden_states"], pipe._pack_latents(image, *image.shape), own)}
 
     def timesteps(self, scheduled: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """See `Backbone.timesteps`; a thousandth."""

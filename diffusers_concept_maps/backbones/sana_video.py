@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from functools import partial
+from math import lcm
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -24,6 +25,7 @@ from diffusers.models.transformers.transformer_sana_video import SanaAttnProcess
 from torch.nn import functional
 
 from diffusers_concept_maps.backbones._base import CrossBackbone, Grid, Site
+from diffusers_concept_maps.backbones._real import ClipShape, default_shape, normalize_latents, posterior_mean
 from diffusers_concept_maps.processors._base import ConceptProcessor
 from diffusers_concept_maps.processors.video import rotate_pairs
 from diffusers_concept_maps.tokens import check_encoders, token_spans, undisturbed, word_tokens, words_first
@@ -99,6 +101,27 @@ class SanaVideoBackbone(CrossBackbone):
         _, _, frames, height, width = call["hidden_states"].shape
         patch = transformer.config.patch_size
         return Grid(frames // patch[0], height // patch[1], width // patch[2])
+
+    def clip_shape(self, pipe: Any) -> ClipShape:
+        """See `RealInput.clip_shape`; the pipelines ask for multiples of 32."""
+        multiple = int(pipe.vae_scale_factor_spatial) * int(pipe.transformer.config.patch_size[-1])
+        return default_shape(pipe, lcm(multiple, 32), int(pipe.vae_scale_factor_temporal))
+
+    def latents(self, pipe: Any, clip: torch.Tensor) -> torch.Tensor:
+        """See `RealInput.latents`; the VAE of LTX-2 has mean and deviation as buffers, that of Sana has none."""
+        vae, latents = pipe.vae, posterior_mean(pipe.vae.encode(clip))
+        known = vae if hasattr(vae, "latents_mean") else vae.config
+        mean, std = getattr(known, "latents_mean", None), getattr(known, "latents_std", None)
+        return latents if mean is None or std is None else normalize_latents(latents, mean, std)
+
+    def real_arguments(self, pipe: Any, frames: int) -> dict[str, Any]:
+        """See `RealInput.real_arguments`; sizes are not put into bins."""
+        return super().real_arguments(pipe, frames) | {"use_resolution_binning": False}
+
+    def given(self, pipe: Any, call: Mapping[str, Any]) -> torch.Tensor | None:
+        """See `RealInput.given`; image-to-video has a timestep for every frame."""
+        steps: torch.Tensor = call["timestep"]
+        return None if steps.ndim == 1 else steps != steps.amax()
 
     def timesteps(self, scheduled: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """See `Backbone.timesteps`; the frame that is given has one of its own."""

@@ -30,13 +30,14 @@ from torch import nn
 from torch.nn import functional
 
 from diffusers_concept_maps.backbones._base import Grid, JointBackbone, Site
+from diffusers_concept_maps.backbones._real import ClipShape, ImageInput
 from diffusers_concept_maps.processors._base import ConceptProcessor
 from diffusers_concept_maps.tokens import check_encoders, token_spans, undisturbed, word_tokens
 
 _CLIP_TOKENS = 77
 
 
-class SD3Backbone(JointBackbone):
+class SD3Backbone(ImageInput, JointBackbone):
     """SD3, SD3.5 large, and SD3.5 medium, whose first blocks attend to the image once more without text."""
 
     transformer_classes: ClassVar[tuple[str, ...]] = ("SD3Transformer2DModel",)
@@ -93,6 +94,11 @@ class SD3Backbone(JointBackbone):
         _, _, height, width = call["hidden_states"].shape
         patch = int(transformer.config.patch_size)
         return Grid(1, height // patch, width // patch)
+
+    def clip_shape(self, pipe: Any) -> ClipShape:
+        """See `RealInput.clip_shape`."""
+        factor, config = int(pipe.vae_scale_factor), pipe.transformer.config
+        return ClipShape(factor * int(config.patch_size), (int(config.sample_size) * factor) ** 2)
 
     def enter(
         self, transformer: Any, embeds: torch.Tensor, like: torch.Tensor, call: Mapping[str, Any], rows: slice

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -18,6 +19,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
 from diffusers_concept_maps.backbones._base import CrossBackbone, Grid, Preset, Site
+from diffusers_concept_maps.backbones._real import put_channels, transformer_of
 from diffusers_concept_maps.heads import HeadSelection
 from diffusers_concept_maps.processors._base import ConceptProcessor
 from diffusers_concept_maps.processors.video import attend_video, rotate_pairs
@@ -106,6 +108,28 @@ class WanBackbone(CrossBackbone):
     def geometry(self, transformer: Any) -> dict[str, int]:
         """See `Backbone.geometry`; all VAEs of the family have a temporal factor of 4."""
         return {"frames_per_latent": 4, "latents_per_token": int(transformer.config.patch_size[0])}
+
+    def real_arguments(self, pipe: Any, frames: int) -> dict[str, Any]:
+        """See `RealInput.real_arguments`; diffusion forcing takes the clip whole, and all its frames at one level."""
+        known = signature(type(pipe).__call__).parameters
+        forcing = {"base_num_frames": frames, "overlap_history": None, "ar_step": 0}
+        wanted = super().real_arguments(pipe, frames)
+        return wanted | {name: value for name, value in forcing.items() if name in known}
+
+    def insert(self, pipe: Any, call: Mapping[str, Any], latents: torch.Tensor) -> dict[str, Any]:
+        """See `RealInput.insert`; the reference images of VACE are latent frames in front of it."""
+        references = _reference_frames(transformer_of(pipe), call)
+        hidden = call["hidden_states"]
+        put = put_channels(hidden[:, :, references:], latents, dim=1, given=self.given(pipe, call))
+        return {"hidden_states": torch.cat([hidden[:, :, :references], put], dim=2)}
+
+    def given(self, pipe: Any, call: Mapping[str, Any]) -> torch.Tensor | None:
+        """See `RealInput.given`; where every token or frame has a timestep, given frames have another than noise."""
+        steps: torch.Tensor = call["timestep"]
+        if steps.ndim == 1:
+            return None
+        frames = int(call["hidden_states"].shape[2])
+        return (steps != steps.amax()).unflatten(1, (frames, -1))[:, None, :, :1, None]
 
     def context(
         self, transformer: Any, embeds: torch.Tensor, like: torch.Tensor, call: Mapping[str, Any], rows: slice
