@@ -92,10 +92,11 @@ def one_step(scheduler: Any, timestep: float, sigma: float) -> Any:
         @wraps(cls.set_timesteps)  # pipelines look at its arguments
         def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
             super().set_timesteps(*args, **kwargs)
-            self.timesteps = torch.full_like(self.timesteps[:1], timestep)
+            schedule: Any = self
+            schedule.timesteps = torch.full_like(schedule.timesteps[:1], timestep)
             if isinstance(getattr(self, "sigmas", None), torch.Tensor):
-                end = 1.0 if getattr(self.config, "invert_sigmas", False) else 0.0
-                self.sigmas = self.sigmas.new_tensor([sigma, end])
+                end = 1.0 if getattr(schedule.config, "invert_sigmas", False) else 0.0
+                schedule.sigmas = schedule.sigmas.new_tensor([sigma, end])
 
     own = cls.from_config(scheduler.config)
     own.__class__ = OneStep

@@ -115,6 +115,8 @@ class SinglePass:
         given: dict[str, Any] = {"prompt": self._prompt, "height": height, "width": width}
         given |= {"num_frames": frames, "frames": frames, "max_area": height * width}
         given |= self.backbone.real_arguments(self.pipe, frames)
+        if any(name.startswith("prompt_embeds") for name in self._call):
+            del given["prompt"]
         wants_images = any(part in type(self.pipe).__name__ for part in _IMAGE_PIPELINES)
         for name, value in (("image", _first_picture), ("video", _pictures), ("mask_image", _everything)):
             if name in known and (wants_images or known[name].default is inspect.Parameter.empty):

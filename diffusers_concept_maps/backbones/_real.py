@@ -205,8 +205,8 @@ def scale_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
 def normalize_latents(latents: torch.Tensor, mean: Any, std: Any) -> torch.Tensor:
     """Latents `[batch, channel, ...]` at mean 0 and deviation 1, by those `[channel]` of a VAE."""
     shape = (1, -1, *(1,) * (latents.ndim - 2))
-    mean, std = (torch.as_tensor(own).to(latents).view(shape) for own in (mean, std))
-    return cast(torch.Tensor, (latents - mean) / std)
+    center, width = (torch.as_tensor(own).to(latents).view(shape) for own in (mean, std))
+    return (latents - center) / width
 
 
 def put_channels(

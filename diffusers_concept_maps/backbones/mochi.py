@@ -71,7 +71,9 @@ class MochiBackbone(JointBackbone):
     def clip_shape(self, pipe: Any) -> ClipShape:
         """See `RealInput.clip_shape`."""
         multiple = int(pipe.vae_spatial_scale_factor) * int(pipe.patch_size)
-        return default_shape(pipe, multiple, int(pipe.vae_temporal_scale_factor))
+        return default_shape(
+            pipe, multiple, int(pipe.vae_temporal_scale_factor), area=pipe.default_height * pipe.default_width
+        )
 
     def enter(
         self, transformer: Any, embeds: torch.Tensor, like: torch.Tensor, call: Mapping[str, Any], rows: slice

@@ -119,9 +119,9 @@ class SanaVideoBackbone(CrossBackbone):
         return super().real_arguments(pipe, frames) | {"use_resolution_binning": False}
 
     def given(self, pipe: Any, call: Mapping[str, Any]) -> torch.Tensor | None:
-        """See `RealInput.given`; image-to-video has a timestep for every frame."""
+        """See `RealInput.given`; image-to-video has a timestep for every token, the same in a frame."""
         steps: torch.Tensor = call["timestep"]
-        return None if steps.ndim == 1 else steps != steps.amax()
+        return None if steps.ndim == 1 else (steps != steps.amax())[..., :1, :1]
 
     def timesteps(self, scheduled: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """See `Backbone.timesteps`; the frame that is given has one of its own."""

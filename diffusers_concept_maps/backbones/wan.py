@@ -9,6 +9,7 @@ others, are no layers, and the latent frames of its reference images are left ou
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -19,7 +20,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
 from diffusers_concept_maps.backbones._base import CrossBackbone, Grid, Preset, Site
-from diffusers_concept_maps.backbones._real import put_channels, transformer_of
+from diffusers_concept_maps.backbones._real import ClipShape, put_channels, transformer_of
 from diffusers_concept_maps.heads import HeadSelection
 from diffusers_concept_maps.processors._base import ConceptProcessor
 from diffusers_concept_maps.processors.video import attend_video, rotate_pairs
@@ -34,6 +35,8 @@ _TEXT_LENGTH = 512
 
 _IMAP_SCRIPTS = "layers and number of heads of the scripts published with IMAP (arXiv 2603.02919); all steps, as there"
 _TEXT_TO_VIDEO = {"in_channels": 16, "image_dim": None, "vace_layers": None}
+
+_FRAMES = 81
 
 
 class WanBackbone(CrossBackbone):
@@ -109,6 +112,11 @@ class WanBackbone(CrossBackbone):
         """See `Backbone.geometry`; all VAEs of the family have a temporal factor of 4."""
         return {"frames_per_latent": 4, "latents_per_token": int(transformer.config.patch_size[0])}
 
+    def clip_shape(self, pipe: Any) -> ClipShape:
+        """See `RealInput.clip_shape`; video-to-video takes as many frames as the video has."""
+        shape = super().clip_shape(pipe)
+        return shape if shape.frames > 1 else replace(shape, frames=_FRAMES)
+
     def real_arguments(self, pipe: Any, frames: int) -> dict[str, Any]:
         """See `RealInput.real_arguments`; diffusion forcing takes the clip whole, and all its frames at one level."""
         known = signature(type(pipe).__call__).parameters
@@ -129,7 +137,8 @@ class WanBackbone(CrossBackbone):
         if steps.ndim == 1:
             return None
         frames = int(call["hidden_states"].shape[2])
-        return (steps != steps.amax()).unflatten(1, (frames, -1))[:, None, :, :1, None]
+        others = (steps != steps.amax()).unflatten(1, (frames, -1))
+        return cast(torch.Tensor, others[:, None, :, :1, None])
 
     def context(
         self, transformer: Any, embeds: torch.Tensor, like: torch.Tensor, call: Mapping[str, Any], rows: slice

@@ -7,7 +7,7 @@ import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ class Case:
         call: from pipeline, list of prompts and options of its call to latents; seeded, three steps, with guidance.
         guidance: "batched", "two passes" (the conditional one first) or "none" in such a call.
         frames_per_prompt: name of the pipeline's argument for several videos or images per prompt.
+        real_call: what else the pipeline is called with where a clip is put into it.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Case:
     call: Callable[..., torch.Tensor] | None = None
     guidance: str = "batched"
     frames_per_prompt: str = "num_videos_per_prompt"
+    real_call: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
         return self.name
