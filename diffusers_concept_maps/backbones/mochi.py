@@ -75,6 +75,10 @@ class MochiBackbone(JointBackbone):
             pipe, multiple, int(pipe.vae_temporal_scale_factor), area=pipe.default_height * pipe.default_width
         )
 
+    def real_arguments(self, pipe: Any, frames: int) -> dict[str, Any]:
+        """See `RealInput.real_arguments`; the schedule of the pipeline has two parts, of a step at least."""
+        return super().real_arguments(pipe, frames) | {"num_inference_steps": 2}
+
     def enter(
         self, transformer: Any, embeds: torch.Tensor, like: torch.Tensor, call: Mapping[str, Any], rows: slice
     ) -> torch.Tensor:

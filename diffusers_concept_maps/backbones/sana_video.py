@@ -109,9 +109,8 @@ class SanaVideoBackbone(CrossBackbone):
 
     def latents(self, pipe: Any, clip: torch.Tensor) -> torch.Tensor:
         """See `RealInput.latents`; the VAE of LTX-2 has mean and deviation as buffers, that of Sana has none."""
-        vae, latents = pipe.vae, posterior_mean(pipe.vae.encode(clip))
-        known = vae if hasattr(vae, "latents_mean") else vae.config
-        mean, std = getattr(known, "latents_mean", None), getattr(known, "latents_std", None)
+        latents, buffers = posterior_mean(pipe.vae.encode(clip)), dict(pipe.vae.named_buffers(recurse=False))
+        mean, std = (buffers.get(name, pipe.vae.config.get(name)) for name in ("latents_mean", "latents_std"))
         return latents if mean is None or std is None else normalize_latents(latents, mean, std)
 
     def real_arguments(self, pipe: Any, frames: int) -> dict[str, Any]:

@@ -61,8 +61,8 @@ def forward_passes(pipe: Any) -> Iterator[list[Inputs]]:
 
 def stock_run(case: RealCase, pipe: Any, single: SinglePass, clip: torch.Tensor, **options: Any) -> Any:
     """The stock pipeline, called as a single pass is, unless told otherwise."""
-    generator = torch.Generator().manual_seed(0)
-    generator.manual_seed(5)
+    generator = torch.Generator().manual_seed(5)
+    torch.randn(single.encode(clip.transpose(0, 1)[None]).shape, generator=generator)  # conditions follow the noise
     return pipe(**(single._arguments(clip) | {"generator": generator} | options))
 
 
@@ -186,9 +186,11 @@ def test_one_pass_without_what_is_not_needed(case: RealCase, monkeypatch: pytest
     backbone, ran, texts = single.backbone, [], []
     width = backbone.text_width(pipe.transformer)
     methods = ("concept_attention",) if isinstance(backbone, JointBackbone) else ("cross_attention",)
-    sites = backbone.sites(pipe.transformer)
+    sites = [backbone.sites(transformer) for transformer in find_transformers(pipe)]
     monkeypatch.setattr(pipe.vae, "decode", lambda *_, **__: pytest.fail("the VAE decodes"))
-    hooks = [site.block.register_forward_pre_hook(lambda block, args: ran.append(block)) for site in sites]
+    hooks = [
+        site.block.register_forward_pre_hook(lambda block, args: ran.append(block)) for own in sites for site in own
+    ]
     encoder = getattr(pipe, "text_encoder", None)
     if encoder is not None:
         hooks.append(encoder.register_forward_pre_hook(lambda *_: texts.append(1)))
@@ -204,7 +206,7 @@ def test_one_pass_without_what_is_not_needed(case: RealCase, monkeypatch: pytest
             encoded = len(texts)
     for hook in hooks:
         hook.remove()
-    assert ran == [sites[0].block] * 2 or ran == [backbone.sites(pipe.transformer_2)[0].block] * 2
+    assert ran == [sites[-1][0].block] * 2  # of two transformers, the second is for little noise
     assert len(texts) == encoded
     frames = latents.shape[2] if case.name != "CogVideoX 1.5" else 2
     assert maps[0].shape == (1, 2, frames, 3, 5)
