@@ -51,13 +51,17 @@ def staging(folder: Path) -> Iterator[Path]:
             folder.rmdir()
 
 
-def load_pipeline(model: str | None, steps: int | None, guidance_scale: float | None) -> tuple[Any, dict[str, Any]]:
+def load_pipeline(
+    model: str | None, steps: int | None, guidance_scale: float | None, *, gpu: int = 0, offload: bool = True
+) -> tuple[Any, dict[str, Any]]:
     """The pipeline, and the arguments of its call that do not come from the user alone.
 
     Args:
         model: a folder or a name on the hub; None for the embedded model.
         steps: denoising steps; None for the default, which is the pipeline's or that of the embedded model.
         guidance_scale: of classifier-free guidance; None likewise.
+        gpu: the number of the GPU to use, where there is one.
+        offload: move the pipeline's parts there as they are needed, instead of keeping all of it there.
 
     Raises:
         ConceptMapsError: there is no pipeline of that name, or it cannot be loaded.
@@ -77,8 +81,10 @@ def load_pipeline(model: str | None, steps: int | None, guidance_scale: float | 
         pipe = DiffusionPipeline.from_pretrained(model, dtype=torch.bfloat16 if on_gpu else torch.float32)
     except (OSError, ValueError) as error:
         raise ConceptMapsError(f"cannot load the pipeline {model!r}: {error}") from error
-    if on_gpu:
-        pipe.enable_model_cpu_offload()
+    if on_gpu and offload:
+        pipe.enable_model_cpu_offload(gpu)
+    elif on_gpu:
+        pipe.to(f"cuda:{gpu}")
     return pipe, _text_length(pipe) | call
 
 

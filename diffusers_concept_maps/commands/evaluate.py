@@ -1,10 +1,13 @@
-"""`concept-maps evaluate`: the score of a model and its maps."""
+"""`concept-maps evaluate`: the score of a model and its maps, on a suite or a data set."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from diffusers_concept_maps.commands._dataset import add_dataset_arguments, run_dataset
 
 
 def register(commands: Any) -> None:
@@ -13,26 +16,39 @@ def register(commands: Any) -> None:
         "evaluate",
         help="score a model and its maps",
         description="Print what a suite measures, one line as soon as it is known, and end with status 1 when a gate "
-        "is red.",
+        "is red. Or score maps on a data set, which can be interrupted and gone on with, and shared by the processes "
+        "of `accelerate launch`; the status is 1 when samples failed.",
     )
-    parser.add_argument("--suite", required=True, choices=["shapes"], help="shapes: the gates of the embedded model")
-    parser.add_argument("--model", type=Path, metavar="DIR", help="a pipeline folder; default: the embedded model")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--suite", choices=sorted(SUITES), help="shapes: the gates of the embedded model")
+    what.add_argument(
+        "--dataset", metavar="NAME", help="such as imagenet-segmentation, pascal-voc, mevis, vspw or davis-2017"
+    )
+    parser.add_argument("--model", metavar="PATH_OR_HUB_ID", help="a diffusers pipeline; default: the embedded model")
     parser.add_argument(
-        "--guidance", action="store_true", help="compare guidance scales instead, on noise of the development seed"
+        "--guidance",
+        action="store_true",
+        help="of the suite: compare guidance scales instead, on noise of the development seed",
     )
+    add_dataset_arguments(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print what the suite measures; the exit status is 1 where a gate is red.
+    """Print what the suite or the data set gives; the exit status is 1 where a gate is red or a sample failed.
 
     Raises:
-        ConceptMapsError: the folder holds no pipeline.
+        ConceptMapsError: an argument cannot be used.
     """
+    return run_dataset(options) if options.suite is None else SUITES[options.suite](options)
+
+
+def _shapes(options: argparse.Namespace) -> int:
+    """The gates of the embedded model, or of another with its parts."""
     from diffusers_concept_maps.shapes import suite
     from diffusers_concept_maps.shapes.model import load_shapes_pipeline
 
-    pipe = load_shapes_pipeline(folder=options.model)
+    pipe = load_shapes_pipeline(folder=None if options.model is None else Path(options.model))
     pipe.set_progress_bar_config(disable=True)
     if options.guidance:
         for scale, rates in suite.compare_guidance(pipe):
@@ -44,3 +60,7 @@ def run(options: argparse.Namespace) -> int:
         red += [result.name] if result.passed is False else []
     print(f"{len(red)} gates are red: {'; '.join(red)}" if red else "all gates are green")
     return 1 if red else 0
+
+
+SUITES: dict[str, Callable[[argparse.Namespace], int]] = {"shapes": _shapes}
+"""What `--suite` names: from the arguments to the exit status."""
