@@ -86,7 +86,7 @@ def run_dataset(options: argparse.Namespace) -> int:
         print(printable(line))
     print(f"\nwritten to {out}: summary.json, run.json, samples")
     if summary["failed"]:
-        print(f"{len(summary['failed'])} samples failed; the same command tries them again", file=sys.stderr)
+        print("the same command tries what failed again", file=sys.stderr)
     return 1 if summary["failed"] else 0
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_concept_maps.commands._dataset import add_dataset_arguments, run_dataset
+from diffusers_concept_maps.errors import ConceptMapsValueError
 
 
 def register(commands: Any) -> None:
@@ -40,7 +41,11 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         ConceptMapsError: an argument cannot be used.
     """
-    return run_dataset(options) if options.suite is None else SUITES[options.suite](options)
+    if options.suite is not None:
+        return SUITES[options.suite](options)
+    if options.guidance:
+        raise ConceptMapsValueError("--guidance is there with --dataset; expected it with --suite shapes")
+    return run_dataset(options)
 
 
 def _shapes(options: argparse.Namespace) -> int:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ from diffusers_concept_maps.evaluation.records import (
     write_json,
 )
 from diffusers_concept_maps.evaluation.summary import summarize
+from diffusers_concept_maps.fitting import logger as fitting_logger
+from diffusers_concept_maps.upsample import upsample_map
 
 _ONE_PROCESS = Process()
 _DEFAULTS = Settings()
@@ -83,7 +86,7 @@ def evaluate(
         raise ConceptMapsValueError(f"a judge rates maps of videos, and {dataset} has images; leave the judge out")
     if limit is not None and limit < 1:
         raise ConceptMapsValueError(f"limit is {limit}; expected at least 1, or None for all samples")
-    attach(pipe, settings.background, single_passes=True, **settings.map_options).remove(failed=True)  # checks them
+    _check(pipe, settings)
     run = describe_run(pipe, samples, settings, dataset_options or {}, model, judge)
     names = samples.names()[:limit]
     work = _Work(pipe, samples, protocol, settings, judge)
@@ -124,6 +127,20 @@ def describe_run(
             "transformers": transformers.__version__,
         },
     }
+
+
+def _check(pipe: Any, settings: Settings) -> None:
+    """Raise what every sample would raise."""
+    attach(pipe, settings.background, single_passes=True, **settings.map_options).remove(failed=True)
+    mode, guide = settings.upsampling, torch.zeros(1, 3, 4, 4)
+    upsample_map(
+        torch.zeros(1, 2, 2),
+        (4, 4),
+        1,
+        mode=mode,
+        temporal=settings.temporal,
+        guide=guide if mode == "guided" else None,
+    )
 
 
 def seed_of(name: str, seed: int) -> int:
@@ -181,19 +198,30 @@ def _do(work: _Work, names: tuple[str, ...], folder: Path, process: Process) -> 
     known = read_records(folder)
     left = [name for name in names if not is_finished(known.get(name, {}))]
     del known
-    share = f" (process 1 of {process.count})" if process.count > 1 else ""
-    bar = (
-        logging.tqdm(desc=f"samples{share}", total=len(names), initial=len(names) - len(left))
-        if not process.rank
-        else None
-    )
-    with Writer(folder, process.rank) as writer:
+    title = "samples" if process.count == 1 else f"samples of process 1 of {process.count}"
+    done, is_shown = len(names) - len(left), process.rank == 0
+    with (
+        _quiet_about_lengths(),
+        Writer(folder, process.rank) as writer,
+        logging.tqdm(desc=title, total=len(names), initial=done, disable=not is_shown) as bar,
+    ):
         for name in left:
             writer.add(work.record(name))
-            if bar is not None:
-                bar.update()
-    if bar is not None:
-        bar.close()
+            bar.update()
+
+
+@contextmanager
+def _quiet_about_lengths() -> Iterator[None]:
+    """Without a warning for every clip that is longer than what the model takes; the summary counts them."""
+
+    def drop(_: Any) -> bool:
+        return False
+
+    fitting_logger.addFilter(drop)
+    try:
+        yield
+    finally:
+        fitting_logger.removeFilter(drop)
 
 
 def _finish(folder: Path, run: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from diffusers_concept_maps.evaluation import judge, localization, segmentation,
 from diffusers_concept_maps.evaluation.protocol import PROTOCOLS, Protocol, by_class_name
 from diffusers_concept_maps.evaluation.published import PUBLISHED, Published
 from diffusers_concept_maps.evaluation.records import is_finished
+from diffusers_concept_maps.fitting import Fit
 
 _SHOWN = {
     "segmentation": (
@@ -44,7 +45,8 @@ def summarize(
         records: of each of them, by name.
 
     Returns:
-        JSON-able: `run`; `samples`, `scored`; `failed` and `skipped`, by name the reason; `classes`; `methods`, by
+        JSON-able: `run`; `samples`, `scored`; `cut`, how many of these are clips longer than the model takes, so that
+        their first frames alone are scored; `failed` and `skipped`, by name the reason; `classes`; `methods`, by
         name the summaries of `segmentation` and, of videos, `video`, `localization` and `judge`; `published`.
     """
     protocol = PROTOCOLS[run["dataset"]]
@@ -57,6 +59,7 @@ def summarize(
         "run": dict(run),
         "samples": len(chosen),
         "scored": len(scored),
+        "cut": sum(Fit.from_json(record["source"]).covered < record["source"]["source"][0] for record in scored),
         "failed": {record["sample"]: record["error"] for record in chosen if not is_finished(record)},
         "skipped": {record["sample"]: record["skipped"] for record in chosen if "skipped" in record},
         "classes": classes,
@@ -129,6 +132,8 @@ def table(summary: Mapping[str, Any]) -> Iterator[str]:
     """
     counts = f"{summary['scored']} of {summary['samples']} samples"
     yield f"{summary['run']['dataset']}: {counts} scored with {summary['run']['model']}"
+    if summary["cut"]:
+        yield f"{summary['cut']} clips are longer than what the model takes: their first frames alone are scored"
     for kind, shown in _SHOWN.items():
         rows = {method: scores[kind] for method, scores in summary["methods"].items() if kind in scores}
         columns = [name for name in shown if any(row[name] is not None for row in rows.values())]
@@ -162,7 +167,7 @@ def _reasons(reason: str, samples: Mapping[str, str]) -> Iterator[str]:
     if not samples:
         return
     yield ""
-    yield f"{len(samples)} samples {reason}:"
+    yield f"{len(samples)} sample{'s' if len(samples) > 1 else ''} {reason}:"
     for name, text in list(samples.items())[:_SHOWN_FAILURES]:
         yield f"  {name}: {' '.join(text.split())}"
     if len(samples) > _SHOWN_FAILURES:

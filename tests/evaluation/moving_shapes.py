@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,8 +12,24 @@ from PIL import Image
 
 from diffusers_concept_maps.shapes.scenes import COLORS, Scenes, sample_scenes
 
-OPTIONS = ["--background", "background", "dark", "light"]
+BACKGROUND = ("background", "dark", "light")
 """Concepts of the background that the embedded model knows."""
+
+
+def options(root: Path) -> dict[str, Any]:
+    """What the reader is told."""
+    return {"categories": str(root / "categories.json")}
+
+
+def arguments(root: Path, out: Path, *more: str, dataset: str = "davis-2017") -> list[str]:
+    """The command line of an evaluation."""
+    given = ["--dataset", dataset, "--root", root, "--out", out, "--categories", root / "categories.json"]
+    return ["evaluate", *map(str, given), "--background", *BACKGROUND, *more]
+
+
+def lines(out: Path, rank: int = 0) -> list[dict[str, Any]]:
+    """The results of one process."""
+    return [json.loads(line) for line in (out / "samples" / f"rank_{rank}.jsonl").read_text().splitlines()]
 
 
 def write_davis(root: Path, clips: int) -> Path:

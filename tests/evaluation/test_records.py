@@ -144,7 +144,7 @@ def test_published_scores_say_what_keeps_them_from_being_compared() -> None:
     text = "\n".join(table(summary))
     assert "ConceptAttention (not named)  dataset_pixel_accuracy 0.830  dataset_mean_iou 0.710" in text
     assert "not comparable: it was counted" in text
-    assert "1 samples failed:\n  x: E: gone" in text
+    assert "1 sample failed:\n  x: E: gone" in text
     official = run_of("imagenet-segmentation", settings={"parity": "concept_attention"})
     assert all(entry["not_comparable"] == [] for entry in summarize(official, ["x"], records)["published"])
     for judge, reason in ((None, "this run had none"), ("eyes", "its judge was another one than eyes")):
