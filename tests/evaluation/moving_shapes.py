@@ -65,3 +65,20 @@ def _distinct(clips: int) -> Scenes:
 def _save(image: Image.Image, path: Path, **options: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path, **options)
+
+
+def write_voc(root: Path, images: int) -> Scenes:
+    """Write last frames as PASCAL VOC does, with the numbers of `COLORS` as values and one ignored pixel each."""
+    scenes = _distinct(images)
+    for image in range(images):
+        frame = ((scenes.video[image, -1] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
+        values = np.zeros(frame.shape[:2], dtype=np.uint8)
+        for slot, color in enumerate(scenes.color[image]):
+            values[(scenes.masks[image, slot, -1] > 0.5).numpy()] = color + 1
+        values[0, 0] = 255
+        _save(Image.fromarray(frame.numpy()), root / "JPEGImages" / f"{image}.jpg", quality=100)
+        _save(Image.fromarray(values), root / "SegmentationClass" / f"{image}.png")
+    lists = root / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "val.txt").write_text("".join(f"{image}\n" for image in range(images)), encoding="utf-8")
+    return scenes
