@@ -21,7 +21,11 @@ def register(commands: Any) -> None:
         "of `accelerate launch`; the status is 1 when samples failed.",
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--suite", choices=sorted(SUITES), help="shapes: the gates of the embedded model")
+    what.add_argument(
+        "--suite",
+        choices=sorted(SUITES),
+        help="shapes: the gates of the embedded model; guidance: what cross-attention guidance changes in its clips",
+    )
     what.add_argument(
         "--dataset", metavar="NAME", help="such as imagenet-segmentation, pascal-voc, mevis, vspw or davis-2017"
     )
@@ -29,7 +33,7 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--guidance",
         action="store_true",
-        help="of the suite: compare guidance scales instead, on noise of the development seed",
+        help="of these suites: compare scales of guidance instead, on noise of the development seed",
     )
     add_dataset_arguments(parser)
     parser.set_defaults(run=run)
@@ -51,21 +55,36 @@ def run(options: argparse.Namespace) -> int:
 def _shapes(options: argparse.Namespace) -> int:
     """The gates of the embedded model, or of another with its parts."""
     from diffusers_concept_maps.shapes import suite
+
+    return _run(options, suite.evaluate, suite.compare_guidance)
+
+
+def _guidance(options: argparse.Namespace) -> int:
+    """What cross-attention guidance changes in the clips of the embedded model."""
+    from diffusers_concept_maps.shapes.suite import guidance
+
+    return _run(options, guidance.evaluate, guidance.compare)
+
+
+def _run(options: argparse.Namespace, evaluate: Callable[..., Any], compare: Callable[..., Any]) -> int:
+    """Print every result, or compare scales of guidance; the exit status is 1 where a gate is red."""
     from diffusers_concept_maps.shapes.model import load_shapes_pipeline
 
     pipe = load_shapes_pipeline(folder=None if options.model is None else Path(options.model))
     pipe.set_progress_bar_config(disable=True)
     if options.guidance:
-        for scale, rates in suite.compare_guidance(pipe):
-            print(f"guidance {scale}: " + "  ".join(f"{name} {rate:.3f}" for name, rate in rates.items()), flush=True)
+        for setting, rates in compare(pipe):
+            print(f"{setting}: " + "  ".join(f"{name} {rate:.3f}" for name, rate in rates.items()), flush=True)
         return 0
-    red = []
-    for result in suite.evaluate(pipe):
+    gates: dict[str, bool] = {}
+    for result in evaluate(pipe):
         print(result, flush=True)
-        red += [result.name] if result.passed is False else []
-    print(f"{len(red)} gates are red: {'; '.join(red)}" if red else "all gates are green")
+        gates |= {} if result.passed is None else {result.name: result.passed}
+    red = [name for name, passed in gates.items() if not passed]
+    if gates:
+        print(f"{len(red)} gates are red: {'; '.join(red)}" if red else "all gates are green")
     return 1 if red else 0
 
 
-SUITES: dict[str, Callable[[argparse.Namespace], int]] = {"shapes": _shapes}
+SUITES: dict[str, Callable[[argparse.Namespace], int]] = {"guidance": _guidance, "shapes": _shapes}
 """What `--suite` names: from the arguments to the exit status."""

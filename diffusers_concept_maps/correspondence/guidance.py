@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -31,6 +32,9 @@ from diffusers_concept_maps.progress import Place
 MODES = ("zero", "renorm")
 """What becomes of the attention to other frames: its probabilities are set to 0 ("zero"), as the official code does
 with classifier-free guidance, or those that are left are scaled to 1 again ("renorm"), as it does without."""
+
+_SHARED = ("attention_kwargs", "image_rotary_emb", "rope_interpolation_scale")
+"""Arguments of transformers that are the same for all rows, whatever the length of their first dimension."""
 
 
 @dataclass(frozen=True)
@@ -163,28 +167,35 @@ def within_frames(
     attend = _attend_linearly if linear else _attend
     output = torch.empty_like(value)
     stop = start + frames * size
-    tokens = torch.arange(query.shape[2], device=query.device)
-    before, behind = tokens[:start], tokens[stop:]
-    others = torch.cat([before, behind])
-    if others.numel():
-        output[:, :, others] = attend(query[:, :, others], key, value, _rows_of(mask, others))
-    kept = torch.cat([value[:, :, :start], torch.zeros_like(value[:, :, start:stop]), value[:, :, stop:]], dim=2)
-    for own in tokens[start:stop].split(size):
+    for others in (slice(0, start), slice(stop, query.shape[2])):
+        if others.stop > others.start:
+            output[:, :, others] = attend(query[:, :, others], key, value, _rows_of(mask, others))
+    kept = value.clone()
+    kept[:, :, start:stop] = 0
+    for first in range(start, stop, size):
+        own = slice(first, first + size)
         rows = _rows_of(mask, own)
         if mode == "zero":
             kept[:, :, own] = value[:, :, own]
             output[:, :, own] = attend(query[:, :, own], key, kept, rows)
             kept[:, :, own] = 0
         else:
-            seen = torch.cat([before, own, behind])
-            columns = None if rows is None else rows[..., seen]
-            output[:, :, own] = attend(query[:, :, own], key[:, :, seen], value[:, :, seen], columns)
+            seen, columns = (partial(_without_others, own=own, start=start, stop=stop, dim=dim) for dim in (2, -1))
+            output[:, :, own] = attend(
+                query[:, :, own], seen(key), seen(value), None if rows is None else columns(rows)
+            )
     return output
 
 
-def _rows_of(mask: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor | None:
+def _rows_of(mask: torch.Tensor | None, tokens: slice) -> torch.Tensor | None:
     """The mask of some queries; one row may stand for all of them."""
     return mask if mask is None or mask.shape[-2] == 1 else mask[..., tokens, :]
+
+
+def _without_others(tensor: torch.Tensor, *, own: slice, start: int, stop: int, dim: int) -> torch.Tensor:
+    """Of the frames `start` to `stop` only the own one, and everything around them."""
+    places = (slice(0, start), own, slice(stop, tensor.shape[dim]))
+    return torch.cat([tensor.narrow(dim, place.start, place.stop - place.start) for place in places], dim=dim)
 
 
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -217,7 +228,8 @@ class _Guidance(Attachment):
             self._hooks += [block.register_forward_hook(self._keep) for block in last.values()]
 
     def _keep(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._guide.current is not None:
+        current = self._guide.current
+        if current is not None and "cond" in current.branches:
             self._states[type(block)] = output
 
     def _end(self, transformer: Any, args: tuple[Any, ...], output: Any) -> Any:
@@ -226,7 +238,7 @@ class _Guidance(Attachment):
         super()._end(transformer, args, output)
         if output is None or current is None:
             return None
-        sample = _first(output)
+        sample = output[0]
         if "cond" in current.branches:
             delta = self._difference(transformer, current, call, states, sample)
             self._delta = current.step, delta
@@ -237,7 +249,7 @@ class _Guidance(Attachment):
                 f"step {current.step} has an unconditional pass without a conditional one before it; guidance needs "
                 f"both, in this order"
             )
-        guided = sample.float()
+        guided = sample.to(delta.dtype, copy=True)  # the model's own may have been kept by somebody
         for rows in current.branches.values():
             guided[rows] += delta
         return _with_first(output, guided.to(sample.dtype))
@@ -245,33 +257,33 @@ class _Guidance(Attachment):
     def _difference(
         self, transformer: Any, current: Pass, call: dict[str, Any], states: Mapping[type, Any], sample: torch.Tensor
     ) -> torch.Tensor:
-        """Scale times what the model predicts less the second prediction, float32, of the conditional rows."""
-        batch, rows = sample.shape[0], current.branches["cond"]
-        own = {name: _rows(value, batch, rows) for name, value in call.items()}
-        kept = {kind: _rows(state, batch, rows) for kind, state in states.items()}
+        """Scale times what the model predicts less the second prediction, of the conditional rows, float32 or more."""
+        rows = current.branches["cond"]
+        own = {name: value if name in _SHARED else _rows(value, sample.shape[0], rows) for name, value in call.items()}
+        kept = {kind: _rows(state, sample.shape[0], rows) for kind, state in states.items()}
         blocks = [site.block for site in self._sites[transformer][: min(self._settings.layers)]]
+        if any("forward" in vars(block) for block in blocks):
+            blocks = []  # whoever has wrapped them, to load weights, relies on their order
         self._guide.perturbed = Pass(transformer, own, current.step, slice(None), {}, current.grid)
         try:
             with _returning(blocks, kept):
-                perturbed = _first(type(transformer).forward(transformer, **own))
+                perturbed = transformer.forward(**own)[0]
         finally:
             self._guide.perturbed = None
-        return self._settings.scale * (sample[rows].float() - perturbed.float())
+        exact = torch.promote_types(sample.dtype, torch.float32)
+        return self._settings.scale * (sample[rows].to(exact) - perturbed.to(exact))
 
 
 @contextmanager
 def _returning(blocks: list[nn.Module], states: Mapping[type, Any]) -> Iterator[None]:
     """Within the context, blocks return what the last one of their class has returned before, and do not run."""
-    patched = [(block, block.__dict__.get("forward")) for block in blocks]
     try:
         for block in blocks:
-            block.__dict__["forward"] = _constant(states[type(block)])
+            vars(block)["forward"] = _constant(states[type(block)])
         yield
     finally:
-        for block, forward in patched:
-            block.__dict__.pop("forward", None)
-            if forward is not None:
-                block.__dict__["forward"] = forward
+        for block in blocks:
+            vars(block).pop("forward", None)
 
 
 def _constant(value: Any) -> Any:
@@ -279,20 +291,12 @@ def _constant(value: Any) -> Any:
 
 
 def _rows(value: Any, batch: int, rows: slice) -> Any:
-    """Rows of whatever has the batch as its first dimension; positions have none."""
+    """Rows of whatever has the batch as its first dimension."""
     if isinstance(value, torch.Tensor):
         return value[rows] if value.ndim and value.shape[0] == batch else value
     if isinstance(value, tuple | list):
         return type(value)(_rows(item, batch, rows) for item in value)
-    if isinstance(value, dict):
-        return {name: _rows(item, batch, rows) for name, item in value.items()}
     return value
-
-
-def _first(output: Any) -> torch.Tensor:
-    """The prediction in what a transformer returns."""
-    sample: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
-    return sample
 
 
 def _with_first(output: Any, sample: torch.Tensor) -> Any:

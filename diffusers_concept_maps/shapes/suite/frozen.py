@@ -42,6 +42,12 @@ GENERATED_NOISE_LEVEL = 0.6
 GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 4.0)
 """Guidance scales that are compared on prompts with noise of the development seed."""
 
+GUIDED_LAYERS, GUIDED_SCALES = ((1,), (2,), (3,), (1, 2, 3)), (1.0, 0.5, 2.0)
+"""Layers at which cross-attention guidance may cut, and its scales, that are compared in the same way."""
+
+GUIDED_REPEATS = 2
+"""Clips of every prompt that are judged with guidance and without, each with other noise."""
+
 WORDS_OF = {"color": tuple(COLORS), "shape": SHAPES, "motion": MOTIONS}
 """The words of every attribute, in the order in which `Scenes` counts them."""
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import CogVideoXPipeline
 
 from diffusers_concept_maps.shapes.captions import full_captions
-from diffusers_concept_maps.shapes.judge import both_colors, judge
+from diffusers_concept_maps.shapes.judge import Verdict, both_colors, judge
 from diffusers_concept_maps.shapes.model import GUIDANCE_SCALE
 from diffusers_concept_maps.shapes.scenes import Scenes, sample_scenes
 from diffusers_concept_maps.shapes.suite import frozen
@@ -53,9 +53,15 @@ def score_generation(
     Returns:
         Rates by the names of `Verdict`: "present", "coherent", "color", "shape", "motion".
     """
+    return judge_generated(pipe, prompts, seed=seed, guidance_scale=guidance_scale).rates()
+
+
+def judge_generated(
+    pipe: CogVideoXPipeline, prompts: Sequence[frozen.Prompt], *, seed: int, guidance_scale: float
+) -> Verdict:
+    """The judge on one clip per prompt; arguments as for `score_generation`."""
     clips = _generate(pipe, [prompt.text for prompt in prompts], seed, guidance_scale)
-    verdict = judge(clips, [p.color for p in prompts], [p.shape for p in prompts], [p.motion for p in prompts])
-    return verdict.rates()
+    return judge(clips, [p.color for p in prompts], [p.shape for p in prompts], [p.motion for p in prompts])
 
 
 def score_pairs(pipe: CogVideoXPipeline) -> float:
@@ -76,10 +82,10 @@ def _generate(pipe: CogVideoXPipeline, texts: Sequence[str], seed: int, guidance
     return torch.cat([generate(pipe, texts[i : i + _BATCH], seed + i, guidance_scale) for i in starts])
 
 
-def compare_guidance(pipe: CogVideoXPipeline) -> Iterator[tuple[float, dict[str, float]]]:
-    """Rates of every guidance scale that is compared, on the prompts with noise of the development seed."""
+def compare_guidance(pipe: CogVideoXPipeline) -> Iterator[tuple[str, dict[str, float]]]:
+    """Rates of every scale of classifier-free guidance that is compared, by its name, on the prompts with noise of the development seed."""
     for scale in frozen.GUIDANCE_SCALES:
         yield (
-            scale,
+            f"guidance {scale}",
             score_generation(pipe, frozen.generation_prompts(), seed=DEVELOPMENT_SEED, guidance_scale=scale),
         )
