@@ -271,7 +271,8 @@ class _Guidance(Attachment):
         finally:
             self._guide.perturbed = None
         exact = torch.promote_types(sample.dtype, torch.float32)
-        return self._settings.scale * (sample[rows].to(exact) - perturbed.to(exact))
+        difference: torch.Tensor = sample[rows].to(exact) - perturbed.to(exact)
+        return self._settings.scale * difference
 
 
 @contextmanager

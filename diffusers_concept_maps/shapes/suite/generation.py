@@ -83,7 +83,7 @@ def _generate(pipe: CogVideoXPipeline, texts: Sequence[str], seed: int, guidance
 
 
 def compare_guidance(pipe: CogVideoXPipeline) -> Iterator[tuple[str, dict[str, float]]]:
-    """Rates of every scale of classifier-free guidance that is compared, by its name, on the prompts with noise of the development seed."""
+    """Rates of every scale of classifier-free guidance that is compared, on the prompts with development noise."""
     for scale in frozen.GUIDANCE_SCALES:
         yield (
             f"guidance {scale}",
