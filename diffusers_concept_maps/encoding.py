@@ -72,8 +72,9 @@ def encode(
             f"encode has no argument {', '.join(unknown)}; beside its own it takes {', '.join(sorted(_OPTIONS))}"
         )
     levels = check_levels(noise_level)
-    if num_samples < 1:
-        raise ConceptMapsValueError(f"num_samples is {num_samples}; expected at least 1")
+    for name, number in (("num_samples", num_samples), ("num_frames", num_frames)):
+        if number is not None and number < 1:
+            raise ConceptMapsValueError(f"{name} is {number}; expected at least 1")
     single = SinglePass(pipe, prompt=prompt, call=call)
     clip, fit = fit_to(single, image_or_video, size=size, num_frames=num_frames)
     notes = {

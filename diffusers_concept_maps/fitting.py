@@ -196,7 +196,7 @@ def _length(frames: int, step: int, offset: int, max_frames: int | None) -> int:
     if frames > longest:
         logger.warning(
             f"The clip has {frames} frames and the model takes {longest} at most: frames 0 to {longest - 1} are used. "
-            f"To see others, hand over that part of the clip or every n-th frame, or raise `max_frames`."
+            f"To see others, hand over that part of the clip or every n-th frame, or allow more."
         )
         return longest
     return at_least(frames)

@@ -18,6 +18,7 @@ from torch import nn
 
 from diffusers_concept_maps.attachment import DeepestLayerReached, by_name
 from diffusers_concept_maps.backbones import Backbone, find_backbone, find_transformers, uncompiled
+from diffusers_concept_maps.errors import ConceptMapsValueError
 
 _IMAGE_PIPELINES = (
     "ImageToVideo",
@@ -46,7 +47,16 @@ class SinglePass:
             pipe: a pipeline whose transformer is one of `supported()`.
             prompt: what to tell the model of the clip.
             call: further arguments of the pipeline's call.
+
+        Raises:
+            ConceptMapsValueError: it is a transformer alone, or lacks what encodes clips or text.
         """
+        for name in ("vae", "encode_prompt"):
+            if getattr(pipe, name, None) is None:
+                raise ConceptMapsValueError(
+                    f"{type(pipe).__name__} has no {name}; expected a diffusers pipeline whose VAE encodes the clip "
+                    f"and whose text encoder encodes what the model is told of it"
+                )
         self.backbone: Backbone = find_backbone(find_transformers(pipe)[0])
         self._original = pipe
         cls: Any = type(pipe)
@@ -91,7 +101,8 @@ class SinglePass:
             latents = self.backbone.add_noise(self._original, latents, noise, level)
         self.pipe.scheduler = self.backbone.scheduler_at(self._original, level)
         put = partial(self._put, latents)
-        hooks = [t.register_forward_pre_hook(put, with_kwargs=True) for t in find_transformers(self.pipe)]
+        transformers = find_transformers(self.pipe)  # what listens to them is to see the latents of the clip: prepended
+        hooks = [t.register_forward_pre_hook(put, with_kwargs=True, prepend=True) for t in transformers]
         try:
             self.pipe(**self._arguments(clip), generator=generator)
         except DeepestLayerReached:

@@ -136,7 +136,7 @@ def test_lengths(
     assert fit == Fit((count, 2, 3), (length, 2, 3), max(0, length - count))
     assert fit.covered == min(count, length)
     cut = f"The clip has {count} frames and the model takes {length} at most: frames 0 to {length - 1} are used. "
-    remedy = "To see others, hand over that part of the clip or every n-th frame, or raise `max_frames`."
+    remedy = "To see others, hand over that part of the clip or every n-th frame, or allow more."
     assert caplog.messages == ([cut + remedy] if count > length else [])
 
 
