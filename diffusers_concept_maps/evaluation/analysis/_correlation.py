@@ -1,8 +1,33 @@
-"""Correlation of two lists of numbers."""
+"""Correlation of two lists of numbers, and how often shuffled pairs have as much of it."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+
+COLUMNS = ("n", "pearson", "pearson_p", "spearman", "spearman_p")
+"""Columns of a row of `correlate`."""
+
+
+def correlate(first: torch.Tensor, second: torch.Tensor) -> list[Any]:
+    """The values of `COLUMNS` for two tensors of one shape; pairs that are not finite are left out."""
+    a, b = _finite(first, second)
+    rank_a, rank_b = ranks(a), ranks(b)
+    return [
+        len(a),
+        pearson(a, b),
+        permutation_p(a, b),
+        pearson(rank_a, rank_b),
+        permutation_p(rank_a, rank_b),
+    ]
+
+
+def tell(row: list[Any]) -> str:
+    """A row of `correlate` in words."""
+    count, *values = row
+    r, r_p, rho, rho_p = ("undefined" if value is None else f"{value:.3f}" for value in values)
+    return f"Pearson {r} (p {r_p}), Spearman {rho} (p {rho_p}), n = {count}"
 
 
 def pearson(first: torch.Tensor, second: torch.Tensor) -> float | None:
@@ -16,10 +41,9 @@ def pearson(first: torch.Tensor, second: torch.Tensor) -> float | None:
         -1 to 1; None for fewer than three pairs, or where one side is constant.
     """
     a, b = _finite(first, second)
-    if len(a) < 3 or bool((a == a[0]).all()) or bool((b == b[0]).all()):
+    if not _varied(a, b):
         return None
-    a, b = a - a.mean(), b - b.mean()
-    return float(((a / a.norm()) @ (b / b.norm())).clamp(-1, 1))
+    return float((_unit(a) @ _unit(b)).clamp(-1, 1))
 
 
 def spearman(first: torch.Tensor, second: torch.Tensor) -> float | None:
@@ -28,16 +52,41 @@ def spearman(first: torch.Tensor, second: torch.Tensor) -> float | None:
     return pearson(ranks(a), ranks(b))
 
 
-def pairs(first: torch.Tensor, second: torch.Tensor) -> int:
-    """Number of pairs that are finite, which the correlations are of."""
-    return len(_finite(first, second)[0])
+def permutation_p(first: torch.Tensor, second: torch.Tensor, *, draws: int = 5000, seed: int = 0) -> float | None:
+    """How often shuffled pairs correlate as much as the pairs do, of either sign, these themselves counted in.
+
+    Args:
+        first: `[n]`.
+        second: `[n]`; ranks for Spearman's correlation.
+        draws: number of shuffles.
+        seed: of the shuffles.
+
+    Returns:
+        `1 / (draws + 1)` to 1, the p-value of independent pairs; None where the correlation is not defined.
+    """
+    a, b = _finite(first, second)
+    if not _varied(a, b):
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    orders = torch.rand(draws, len(b), generator=generator).argsort(1)
+    found, shuffled = _unit(a) @ _unit(b), _unit(b)[orders] @ _unit(a)
+    return float(((shuffled.abs() >= found.abs() - 1e-12).sum() + 1) / (draws + 1))
 
 
 def ranks(values: torch.Tensor) -> torch.Tensor:
     """Ranks from 1 `[n]`, float64; equal values share the mean of theirs."""
-    _, place, count = values.unique(return_inverse=True, return_counts=True)
-    last = count.cumsum(0).double()
-    return (last - (count - 1) / 2)[place]
+    _, place, count = torch.unique(values, return_inverse=True, return_counts=True)
+    middle: torch.Tensor = count.cumsum(0).double() - (count - 1) / 2
+    return middle[place]
+
+
+def _varied(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return len(a) >= 3 and not bool((a == a[0]).all()) and not bool((b == b[0]).all())
+
+
+def _unit(values: torch.Tensor) -> torch.Tensor:
+    centered = values - values.mean()
+    return centered / centered.norm()
 
 
 def _finite(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

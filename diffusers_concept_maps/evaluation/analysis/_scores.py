@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,11 +54,9 @@ def score_detail(maps: ConceptMaps, subject: Subject, settings: Settings) -> Sco
     kept = tensor.shape[:-5]
     labels = subject.labels[: fit.covered]
     mixed = _shuffled(labels, settings)
-    rows = []
+    size, rows = (fit.source[1], fit.source[2]), []
     for one in tensor.reshape(-1, *tensor.shape[-4:])[:, :2]:
-        pair = upsample_map(
-            one.double(), tuple(fit.source[1:]), fit.covered, mode="nearest", padding=fit.padding, **maps.geometry
-        )
+        pair = upsample_map(one.double(), size, fit.covered, mode="nearest", padding=fit.padding, **maps.geometry)
         right = score_map(pair[0], labels, settings.score)
         wrong = score_map(pair[1], labels, settings.score)[0]
         rows.append((right[0], wrong, score_map(pair[0], mixed, settings.score)[0], right[1]))
@@ -114,6 +113,23 @@ def stack(scored: list[Scored]) -> Scored:
     return Scored(*(torch.stack(list(column)) for column in zip(*scored, strict=True)))
 
 
+def tell_best(rows: Sequence[Sequence[Any]], named: Sequence[str]) -> list[str]:
+    """The row with the highest score, in words.
+
+    Args:
+        rows: what names the place, then the values of `COLUMNS`.
+        named: the columns of the former.
+    """
+    at = len(named)
+    best = max(rows, key=lambda row: -math.inf if row[at + 1] is None else row[at + 1])
+    values = zip(COLUMNS[1:], best[at + 1 :], strict=True)
+    return [
+        f"best of {len(rows)}: " + ", ".join(f"{name} {value}" for name, value in zip(named, best, strict=False)),
+        f"over {best[at]} clips: " + ", ".join(f"{name} {value:.3f}" for name, value in values if value is not None),
+        "it is chosen on the clips that it is scored on, so its score is too good; choose on one part, report another",
+    ]
+
+
 def summarize(scored: Scored, place: tuple[int, ...]) -> list[Any]:
     """The values of `COLUMNS` of one place, over the clips that define its score.
 
@@ -124,9 +140,10 @@ def summarize(scored: Scored, place: tuple[int, ...]) -> list[Any]:
     Returns:
         Number of clips, mean score, its 95% bootstrap interval over clips, means of the controls, mean chance level.
     """
-    values = scored.target[(slice(None), *place)]
+    at: tuple[slice | int, ...] = (slice(None), *place)
+    values = scored.target[at]
     values = values[values.isfinite()]
-    controls = [number(mean(column[(slice(None), *place)])) for column in scored[1:]]
+    controls = [number(mean(column[at])) for column in scored[1:]]
     if not len(values):
         return [0, None, None, None, *controls]
     low, high = bootstrap_interval(np.asarray(values))

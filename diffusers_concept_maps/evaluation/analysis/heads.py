@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusers_concept_maps.evaluation.analysis._base import SCORES, Analysis, Findings, Settings, Table, each, mean
 from diffusers_concept_maps.evaluation.analysis._plots import heat_map
-from diffusers_concept_maps.evaluation.analysis._scores import COLUMNS, score_detail, stack, summarize
+from diffusers_concept_maps.evaluation.analysis._scores import COLUMNS, score_detail, stack, summarize, tell_best
 from diffusers_concept_maps.evaluation.analysis._subjects import Subject
 
 
@@ -17,10 +17,7 @@ def run(pipe: Any, subjects: Sequence[Subject], settings: Settings) -> Findings:
         [score_detail(settings.read(pipe, s, detail=("layer", "head")), s, settings) for s in each(subjects)]
     )
     layers, heads = scored.target.shape[1:]
-    rows = [
-        [layer, head, *summarize(scored, (layer, head))] for layer in range(layers) for head in range(heads)
-    ]
-    best = max(rows, key=lambda row: -1.0 if row[3] is None else row[3])
+    rows = [[layer, head, *summarize(scored, (layer, head))] for layer in range(layers) for head in range(heads)]
     figure = heat_map(
         mean(scored.target),
         ("layer", [str(layer) for layer in range(layers)]),
@@ -28,12 +25,8 @@ def run(pipe: Any, subjects: Sequence[Subject], settings: Settings) -> Findings:
         f"{settings.describe()}, {len(subjects)} clips",
         SCORES[settings.score],
     )
-    summary = [
-        f"best: layer {best[0]}, head {best[1]}",
-        *(f"  {name} {value:.3f}" for name, value in zip(COLUMNS, best[2:], strict=True) if value is not None),
-        "the best is chosen on the clips that it is scored on, so its score is an optimistic one",
-    ]
-    return Findings({"heads": Table(("layer", "head", *COLUMNS), rows)}, {"heads": figure}, summary)
+    named = ("layer", "head")
+    return Findings({"heads": Table((*named, *COLUMNS), rows)}, {"heads": figure}, tell_best(rows, named))
 
 
 ANALYSIS = Analysis("heads", "score by layer and head, as a heat map", run)

@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusers_concept_maps.evaluation.analysis._base import SCORES, Analysis, Findings, Settings, Table, each, mean
 from diffusers_concept_maps.evaluation.analysis._plots import heat_map
-from diffusers_concept_maps.evaluation.analysis._scores import COLUMNS, score_detail, stack, summarize
+from diffusers_concept_maps.evaluation.analysis._scores import COLUMNS, score_detail, stack, summarize, tell_best
 from diffusers_concept_maps.evaluation.analysis._subjects import Subject
 
 
@@ -22,7 +22,6 @@ def run(pipe: Any, subjects: Sequence[Subject], settings: Settings) -> Findings:
         for layer in range(layers)
         for level in range(levels)
     ]
-    best = max(rows, key=lambda row: -1.0 if row[3] is None else row[3])
     figure = heat_map(
         mean(scored.target),
         ("layer", [str(layer) for layer in range(layers)]),
@@ -30,13 +29,9 @@ def run(pipe: Any, subjects: Sequence[Subject], settings: Settings) -> Findings:
         f"{settings.method.replace('_', ' ')} by layer and noise level, {len(subjects)} clips",
         SCORES[settings.score],
     )
-    summary = [
-        f"best: layer {best[0]} at noise level {best[1]:g}",
-        *(f"  {name} {value:.3f}" for name, value in zip(COLUMNS, best[2:], strict=True) if value is not None),
-        "the best is chosen on the clips that it is scored on, so its score is an optimistic one",
-    ]
-    table = Table(("layer", "noise_level", *COLUMNS), rows)
-    return Findings({"layers-steps": table}, {"layers-steps": figure}, summary)
+    named = ("layer", "noise_level")
+    table = Table((*named, *COLUMNS), rows)
+    return Findings({"layers-steps": table}, {"layers-steps": figure}, tell_best(rows, named))
 
 
 ANALYSIS = Analysis(
