@@ -127,11 +127,16 @@ class Kandinsky5Backbone(CrossBackbone):
         return by_frame(lambda images: scale_latents(pipe.vae, posterior_mean(pipe.vae.encode(images))), clip)
 
     def insert(self, pipe: Any, call: Mapping[str, Any], latents: torch.Tensor) -> dict[str, Any]:
-        """See `RealInput.insert`; channels are last, and those of an image to start from follow a frame's own."""
-        hidden, channels = call["hidden_states"], latents.shape[1]
-        own, shown = hidden[..., :channels], hidden[..., channels : 2 * channels]
-        given = (own == shown).flatten(2).all(2)[:, :, None, None, None] if shown.shape == own.shape else None
+        """See `RealInput.insert`; channels are last, and what an image is started from follows a frame's own."""
+        hidden, given = call["hidden_states"], self.given(pipe, call)
         return {"hidden_states": put_channels(hidden, latents.movedim(1, -1), dim=4, given=given)}
+
+    def given(self, pipe: Any, call: Mapping[str, Any]) -> torch.Tensor | None:
+        """See `RealInput.given`; image-to-video has the image in place of the first latent frame."""
+        if not {"image", "num_frames"} <= signature(type(pipe).__call__).parameters.keys():
+            return None
+        hidden = call["hidden_states"]
+        return (torch.arange(hidden.shape[1], device=hidden.device) == 0).view(1, -1, 1, 1, 1)
 
     def timesteps(self, scheduled: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """See `Backbone.timesteps`; rounded to the dtype of the latents."""

@@ -235,8 +235,9 @@ def disturb(pipe: Any) -> None:
             buffer.copy_(torch.linspace(low, high, buffer.numel()))
     if getattr(vae.config, "scaling_factor", None) is not None:
         vae.register_to_config(scaling_factor=0.7)
-        if hasattr(pipe, "vae_scaling_factor_image"):  # CogVideoX has copied it
-            pipe.vae_scaling_factor_image = 0.7
+        for name in ("vae_scaling_factor", "vae_scaling_factor_image"):  # some have copied it
+            if hasattr(pipe, name):
+                setattr(pipe, name, 0.7)
     if getattr(vae.config, "shift_factor", None) is not None:
         vae.register_to_config(shift_factor=0.1)
     if hasattr(vae, "bn"):

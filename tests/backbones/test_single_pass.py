@@ -89,15 +89,13 @@ def fixed_scheduler(pipe: Any, result: Callable[[], torch.Tensor]) -> Any:
 def test_latents_are_decoded_to_what_was_encoded(case: RealCase, monkeypatch: pytest.MonkeyPatch) -> None:
     """Put in place of the scheduler's result, the stock pipeline undoes scale and packing."""
     pipe, single, clip, latents = single_of(case)
-    if "sigma_data" in pipe.scheduler.config:
-        deviation = pipe.scheduler.config["sigma_data"]
-    else:
-        deviation = 1.0
+    deviation = pipe.scheduler.config.get("sigma_data") or 1.0
     with forward_passes(pipe) as passes:
 
         def result() -> torch.Tensor:
             put: torch.Tensor = single.backbone.insert(pipe, passes[0], latents)["hidden_states"]
-            return put * deviation
+            front = single.backbone.grid(pipe.transformer, passes[0]).start if put.ndim == 3 else 0
+            return put[:, front:] * deviation
 
         def decode(encoded: torch.Tensor, *args: Any, **kwargs: Any) -> None:
             raise Decoded(encoded)
@@ -116,7 +114,7 @@ def test_latents_are_decoded_to_what_was_encoded(case: RealCase, monkeypatch: py
     torch.testing.assert_close(decoded, encoded, atol=1e-4, rtol=1e-4)
 
 
-def known_level(pipe: Any, step: int, steps: int) -> tuple[float, float, float]:
+def known_level(pipe: Any, step: int) -> tuple[float, float, float]:
     """Noise level of a step of a run that is over, and by how much the clip and the noise are scaled there.
 
     The pipelines of Cosmos 1 and 2 know how large a clip is; theirs is the ratio of noise to that.
@@ -142,14 +140,18 @@ def same(a: Any, b: Any) -> bool:
         return isinstance(b, torch.Tensor) and torch.equal(a, b)
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
-    return type(a) is type(b) and (a is b or isinstance(a, object) and (not hasattr(a, "__len__") or a == b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
+    if isinstance(a, str | int | float | None):
+        return bool(a == b)
+    return type(a) is type(b)
 
 
 def test_the_transformer_gets_the_clip_noised_as_in_a_run(case: RealCase) -> None:
     pipe, single, clip, latents = single_of(case)
     with forward_passes(pipe) as stock:
         stock_run(case, pipe, single, clip, num_inference_steps=3)
-    level, kept, added = known_level(pipe, 1, 3)
+    level, kept, added = known_level(pipe, step=1)
     with forward_passes(pipe) as passes:
         single.run(latents, level, clip, seed=5)
     (got,) = passes
@@ -159,8 +161,8 @@ def test_the_transformer_gets_the_clip_noised_as_in_a_run(case: RealCase) -> Non
     inserted = single.backbone.insert(pipe, stock[0], mixed * size)["hidden_states"]
     torch.testing.assert_close(got["hidden_states"], inserted, atol=1e-5, rtol=1e-5)
     for name in TIMES:
-        if isinstance(got.get(name), torch.Tensor):
-            torch.testing.assert_close(got[name], stock[1][name], atol=1e-3, rtol=1e-5)
+        if isinstance(got.get(name), torch.Tensor):  # of the first of the passes of a step
+            torch.testing.assert_close(got[name], stock[len(stock) // 3][name], atol=1e-3, rtol=1e-5)
     for name in set(got) - {"hidden_states", *TIMES}:
         assert same(got[name], stock[0][name]), name
 
@@ -234,7 +236,8 @@ def test_the_pipeline_stays_as_it_is(case: RealCase) -> None:
     assert all(
         same(pipe.scheduler.__dict__[name], value) for name, value in schedule.items() if name != "_internal_dict"
     )
-    assert torch.equal(generate(), before)
+    # Of so few frames, the deviation that Kandinsky's image-to-video divides by is none.
+    torch.testing.assert_close(generate(), before, atol=0, rtol=0, equal_nan="Kandinsky" in case.name)
 
 
 def test_layers_of_an_image_cannot_be_made_of_it() -> None:

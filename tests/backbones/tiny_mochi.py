@@ -25,7 +25,7 @@ def make_transformer() -> MochiTransformer3DModel:
             attention_head_dim=16,
             num_layers=3,
             pooled_projection_dim=24,
-            in_channels=4,
+            in_channels=12,
             text_embed_dim=WIDTH,
             time_embed_dim=16,
             max_sequence_length=12,
@@ -35,7 +35,7 @@ def make_transformer() -> MochiTransformer3DModel:
 
 def inputs(batch: int, text: int, seed: int) -> Inputs:
     return {
-        "hidden_states": seeded(batch, 4, 3, 6, 10, seed=seed),
+        "hidden_states": seeded(batch, 12, 3, 6, 10, seed=seed),
         "encoder_hidden_states": seeded(batch, text, WIDTH, seed=seed + 1),
         "timestep": torch.linspace(300.0, 500.0, batch),
         "encoder_attention_mask": text_mask(batch, text).bool(),
@@ -71,8 +71,8 @@ def make_pipeline() -> MochiPipeline:
         pad_token_id=0, eos_token_id=1, is_encoder_decoder=False, use_cache=False,
     )  # fmt: skip
     vae = AutoencoderKLMochi(
-        latent_channels=4, encoder_block_out_channels=(32,) * 4, decoder_block_out_channels=(32,) * 4,
-        layers_per_block=(1, 1, 1, 1, 1), latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4,
+        latent_channels=12, encoder_block_out_channels=(32,) * 4, decoder_block_out_channels=(32,) * 4,
+        layers_per_block=(1, 1, 1, 1, 1), latents_mean=(0.0,) * 12, latents_std=(1.0,) * 12,
     )  # fmt: skip
     pipe = MochiPipeline(
         transformer=make_transformer(),
