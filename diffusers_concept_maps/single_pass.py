@@ -101,10 +101,16 @@ class SinglePass:
             latents = self.backbone.add_noise(self._original, latents, noise, level)
         self.pipe.scheduler = self.backbone.scheduler_at(self._original, level)
         put = partial(self._put, latents)
-        transformers = find_transformers(self.pipe)  # what listens to them is to see the latents of the clip: prepended
-        hooks = [t.register_forward_pre_hook(put, with_kwargs=True, prepend=True) for t in transformers]
+        control = getattr(self.pipe, "controlnet", None)  # sees what the transformer sees
+        takers = [*find_transformers(self.pipe), *([control] if isinstance(control, nn.Module) else [])]
+        # What listens to them is to see the latents of the clip: prepended.
+        hooks = [taker.register_forward_pre_hook(put, with_kwargs=True, prepend=True) for taker in takers]
+        device = latents.device
         try:
-            self.pipe(**self._arguments(clip), generator=generator)
+            # Some pipelines sample their conditions without the generator that they are given.
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                torch.manual_seed(seed)
+                self.pipe(**self._arguments(clip), generator=generator)
         except DeepestLayerReached:
             self.pipe.maybe_free_model_hooks()
         finally:
@@ -114,10 +120,13 @@ class SinglePass:
                 self._original._all_hooks = self.pipe._all_hooks
 
     def _put(
-        self, latents: torch.Tensor, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, latents: torch.Tensor, taker: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        call = by_name(uncompiled(transformer), args, kwargs)
-        return (), call | self.backbone.insert(self.pipe, call, latents)
+        call = by_name(uncompiled(taker), args, kwargs)
+        if "hidden_states" in call:
+            return (), call | self.backbone.insert(self.pipe, call, latents)
+        put = self.backbone.insert(self.pipe, call | {"hidden_states": call["latents"]}, latents)
+        return (), call | {"latents": put["hidden_states"]}
 
     def _arguments(self, clip: torch.Tensor) -> dict[str, Any]:
         """Arguments of the pipeline's call."""
@@ -132,8 +141,8 @@ class SinglePass:
         for name, value in (("image", _first_picture), ("video", _pictures), ("mask_image", _everything)):
             if name in known and (wants_images or known[name].default is inspect.Parameter.empty):
                 given[name] = value(clip)
-        if given.get("image") is not None and given.get("video") is not None:
-            del given["video"]  # one of them
+        if "image" in given and "video" in given:  # one of them
+            del given["image" if "video" in self._call else "video"]
         return {name: value for name, value in given.items() if name in known} | self._call
 
 

@@ -172,7 +172,8 @@ def default_shape(pipe: Any, multiple: int, frame_step: int, **known: int) -> Cl
 def by_frame(encode: Callable[[torch.Tensor], torch.Tensor], clip: torch.Tensor) -> torch.Tensor:
     """What a function of images `[image, ...]` makes of every frame of `[batch, 3, frame, height, width]`."""
     images = clip.transpose(1, 2)
-    return encode(images.flatten(0, 1)).unflatten(0, images.shape[:2]).transpose(1, 2)
+    encoded = encode(images.flatten(0, 1))
+    return cast(torch.Tensor, encoded.unflatten(0, images.shape[:2])).transpose(1, 2)
 
 
 def only_frame(latents: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -122,6 +123,11 @@ class CosmosBackbone(CrossBackbone):
         sigmas = pipe.scheduler.sigmas[: len(scheduled)].to(scheduled.device)
         ways = (scheduled, sigmas / (sigmas + 1), sigmas, sigmas.to(pipe.transformer.dtype))
         return torch.stack([way.to(dtype) for way in ways])
+
+    def real_arguments(self, pipe: Any, frames: int) -> dict[str, Any]:
+        """See `RealInput.real_arguments`; a transfer takes the clip whole."""
+        wanted, known = super().real_arguments(pipe, frames), signature(type(pipe).__call__).parameters
+        return wanted | ({"num_frames_per_chunk": frames} if "num_frames_per_chunk" in known else {})
 
     def latents(self, pipe: Any, clip: torch.Tensor) -> torch.Tensor:
         """See `RealInput.latents`; the VAE of Cosmos 1 has mean and deviation for every latent frame."""

@@ -8,12 +8,14 @@ that is extended, are part of the grid.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from inspect import signature
+from typing import Any, ClassVar
 
 from diffusers.models.transformers.transformer_skyreels_v2 import SkyReelsV2AttnProcessor
 
 from diffusers_concept_maps.backbones._base import Preset
 from diffusers_concept_maps.backbones.wan import WanBackbone, WanConceptProcessor
+from diffusers_concept_maps.errors import ConceptMapsError
 
 
 class SkyReelsV2Backbone(WanBackbone):
@@ -22,6 +24,22 @@ class SkyReelsV2Backbone(WanBackbone):
     transformer_classes: ClassVar[tuple[str, ...]] = ("SkyReelsV2Transformer3DModel",)
     presets: ClassVar[tuple[Preset, ...]] = ()
     context_parallel: ClassVar[bool] = False
+
+    def real_arguments(self, pipe: Any, frames: int) -> dict[str, Any]:
+        """See `RealInput.real_arguments`.
+
+        Raises:
+            ConceptMapsError: the pipeline extends a video.
+        """
+        known = signature(type(pipe).__call__).parameters
+        if "video" in known:
+            raise ConceptMapsError(
+                f"{type(pipe).__name__} extends a video, and of a clip that it is given nothing is noise; use "
+                f"SkyReelsV2DiffusionForcingPipeline"
+            )
+        # Diffusion forcing takes the clip whole, and all its frames at one level.
+        forcing = {"base_num_frames": frames, "overlap_history": None, "ar_step": 0}
+        return super().real_arguments(pipe, frames) | {name: forcing[name] for name in forcing if name in known}
 
 
 class ConceptSkyReelsV2AttnProcessor(WanConceptProcessor, SkyReelsV2AttnProcessor):

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -116,13 +115,6 @@ class WanBackbone(CrossBackbone):
         """See `RealInput.clip_shape`; video-to-video takes as many frames as the video has."""
         shape = super().clip_shape(pipe)
         return shape if shape.frames > 1 else replace(shape, frames=_FRAMES)
-
-    def real_arguments(self, pipe: Any, frames: int) -> dict[str, Any]:
-        """See `RealInput.real_arguments`; diffusion forcing takes the clip whole, and all its frames at one level."""
-        known = signature(type(pipe).__call__).parameters
-        forcing = {"base_num_frames": frames, "overlap_history": None, "ar_step": 0}
-        wanted = super().real_arguments(pipe, frames)
-        return wanted | {name: value for name, value in forcing.items() if name in known}
 
     def insert(self, pipe: Any, call: Mapping[str, Any], latents: torch.Tensor) -> dict[str, Any]:
         """See `RealInput.insert`; the reference images of VACE are latent frames in front of it."""

@@ -19,10 +19,10 @@ from backbones import (
     test_ltx,
     test_ltx2,
     test_sana_video,
-    test_skyreels_v2,
     test_wan,
     tiny_cogvideox,
     tiny_cogvideox_variants,
+    tiny_framepack,
     tiny_hunyuan_video15,
     tiny_kandinsky5,
     tiny_qwenimage,
@@ -30,8 +30,8 @@ from backbones import (
     tiny_skyreels_v2,
     tiny_wan,
 )
-from backbones._case import Case, find_cases
-from diffusers.pipelines.ltx2 import LTX2ImageToVideoPipeline
+from backbones._case import Case, find_cases, randomize
+from diffusers.pipelines.ltx2 import LTX2ConditionPipeline, LTX2ImageToVideoPipeline
 
 from diffusers_concept_maps.backbones import find_backbone
 from diffusers_concept_maps.backbones._real import transformer_of
@@ -99,6 +99,41 @@ def variants() -> list[RealCase]:
             partial(cogvideox, tiny_cogvideox_variants.ConsisIDPipeline, learned),
             {name: value for name, value in tiny_cogvideox_variants.face(1).items() if name.startswith("id_")},
         ),
+        RealCase(
+            "CogVideoX 1.5 image",
+            partial(cogvideox, diffusers.CogVideoXImageToVideoPipeline, {"in_channels": 8, "patch_size_t": 2}),
+        ),
+        RealCase(
+            "Wan 2.2 image",
+            lambda: wan.silent(
+                diffusers.WanImageToVideoPipeline(**parts(transformer=wan.make_transformer(in_channels=36)))
+            ),
+            SHORT,
+        ),
+        RealCase("SkyReels image", skyreels_image, {"max_sequence_length": 512}),
+        RealCase("FramePack", tiny_framepack.make_pipeline, {"max_sequence_length": 8}),
+        RealCase("HunyuanVideo 1.5 image", tiny_hunyuan_video15.make_image_pipeline),
+        RealCase("Kandinsky image to image", kandinsky_still_from_image, SHORT),
+        RealCase(
+            "Cosmos 2.5 image",
+            test_cosmos.cosmos25,
+            {"max_sequence_length": 48, "image": test_cosmos.picture()},
+            given=1,
+            decodes=False,
+        ),
+        RealCase("Cosmos transfer", test_cosmos.transfer, {"max_sequence_length": 48, "controls": test_cosmos.VIDEO}),
+        RealCase(
+            "FLUX.1 control net",
+            partial(test_flux.pipeline, "FluxControlNetPipeline", controlled=True),
+            SHORT | {"control_image": test_flux.IMAGE},
+        ),
+        RealCase("SD3 control net", sd3_control, SHORT | {"control_image": test_wan.picture()}),
+        RealCase("Qwen-Image control net", qwen_control, {"control_image": test_wan.picture()}),
+        RealCase("SD3 inpainting", partial(sd3_image, diffusers.StableDiffusion3InpaintPipeline, channels=16), SHORT),
+        RealCase("Chroma inpainting", partial(test_chroma.pipeline, "ChromaInpaintPipeline"), SHORT),
+        RealCase("FLUX.2 klein inpainting", partial(test_flux2.klein, "Flux2KleinInpaintPipeline"), SHORT),
+        RealCase("Qwen-Image inpainting", partial(qwen_image, diffusers.QwenImageInpaintPipeline)),
+        RealCase("LTX-2 conditions", partial(test_ltx2.pipeline, LTX2ConditionPipeline), SHORT),
         RealCase("Wan image", test_wan.image_to_video, {"max_sequence_length": 512}),
         RealCase(
             "Wan 5B image",
@@ -201,12 +236,41 @@ def kandinsky_still() -> Any:
     return pipe
 
 
-def sd3_image() -> Any:
-    return tiny_wan.silent(diffusers.StableDiffusion3Img2ImgPipeline(**tiny_sd3.make_pipeline().components))
+def kandinsky_still_from_image() -> Any:
+    transformer, vae = tiny_kandinsky5.make_transformer(visual_cond=True), test_kandinsky5.make_image_vae()
+    pipe = test_kandinsky5.prepared(
+        test_kandinsky5.Kandinsky5I2IPipeline(**test_kandinsky5.components(transformer=transformer, vae=vae))
+    )
+    pipe.resolutions = [(80, 48)]
+    return pipe
 
 
-def qwen_image() -> Any:
-    return tiny_qwenimage.set_up(diffusers.QwenImageImg2ImgPipeline(**tiny_qwenimage.make_components()))
+def skyreels_image() -> Any:
+    transformer = tiny_skyreels_v2.make_transformer(image_dim=16, added_kv_proj_dim=48, in_channels=36)
+    parts = tiny_wan.components(transformer=transformer, **test_wan.image_parts())
+    return tiny_wan.silent(diffusers.SkyReelsV2ImageToVideoPipeline(**parts))
+
+
+def sd3_image(cls: Any = diffusers.StableDiffusion3Img2ImgPipeline, **options: Any) -> Any:
+    return tiny_wan.silent(cls(**tiny_sd3.make_pipeline(**options).components))
+
+
+def sd3_control() -> Any:
+    parts = tiny_sd3.make_pipeline().components
+    control = diffusers.SD3ControlNetModel.from_transformer(
+        parts["transformer"], num_layers=2, num_extra_conditioning_channels=0
+    ).eval()
+    return tiny_wan.silent(diffusers.StableDiffusion3ControlNetPipeline(**parts, controlnet=control))
+
+
+def qwen_image(cls: Any = diffusers.QwenImageImg2ImgPipeline, **parts: Any) -> Any:
+    return tiny_qwenimage.set_up(cls(**tiny_qwenimage.make_components(), **parts))
+
+
+def qwen_control() -> Any:
+    config = {name: value for name, value in tiny_qwenimage.SETTINGS.items() if name != "num_layers"}
+    control = randomize(diffusers.QwenImageControlNetModel(**config, num_layers=2))
+    return qwen_image(diffusers.QwenImageControlNetPipeline, controlnet=control)
 
 
 def real_cases() -> list[RealCase]:
@@ -215,7 +279,7 @@ def real_cases() -> list[RealCase]:
 
 
 def clip_for(pipe: Any) -> torch.Tensor:
-    """Noise `[frame, 3, height, width]` of three by five tokens or squares of them, in steps of 1/255 as files have."""
+    """Noise `[frame, 3, height, width]` of three by five tokens, in steps of 1/255 as files have."""
     shape = find_backbone(transformer_of(pipe)).clip_shape(pipe)
     block = int(getattr(transformer_of(pipe).config, "num_frame_per_block", 1))  # latent frames come in blocks
     frames = (2 + (block > 1)) * shape.frame_step + 1 if shape.frames > 1 else 1

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import diffusers
 import pytest
 import torch
-from backbones._case import Inputs, find_cases, seeded
+from backbones import tiny_qwenimage
+from backbones._case import Inputs, seeded
 from backbones._oracle import kept_state
-from backbones._real_runs import RealCase, clip_for, disturb, real_cases
+from backbones._real_runs import RealCase, clip_for, disturb, qwen_image, real_cases
+from backbones.test_skyreels_v2 import video_to_video
 
 import diffusers_concept_maps as dcm
 from diffusers_concept_maps.attachment import by_name
-from diffusers_concept_maps.backbones import JointBackbone, find_backbone, find_transformers
+from diffusers_concept_maps.backbones import JointBackbone, find_transformers
 from diffusers_concept_maps.capture import attach
 from diffusers_concept_maps.single_pass import SinglePass
 
 CASES = real_cases()
-GRIDS = {find_backbone(case.make()): case.grid for case in find_cases()}
 TIMES = ("timestep", "audio_timestep", "sigma", "audio_sigma")
+RESIDUALS = ("controlnet_block_samples", "controlnet_single_block_samples", "block_controlnet_hidden_states")
+"""What a control net makes of the same latents."""
 
 
 class Decoded(Exception):
@@ -62,6 +67,7 @@ def forward_passes(pipe: Any) -> Iterator[list[Inputs]]:
 def stock_run(case: RealCase, pipe: Any, single: SinglePass, clip: torch.Tensor, **options: Any) -> Any:
     """The stock pipeline, called as a single pass is, unless told otherwise."""
     generator = torch.Generator().manual_seed(5)
+    torch.manual_seed(5)  # for pipelines that do not ask the generator for everything
     torch.randn(single.encode(clip.transpose(0, 1)[None]).shape, generator=generator)  # conditions follow the noise
     return pipe(**(single._arguments(clip) | {"generator": generator} | options))
 
@@ -163,7 +169,7 @@ def test_the_transformer_gets_the_clip_noised_as_in_a_run(case: RealCase) -> Non
     for name in TIMES:
         if isinstance(got.get(name), torch.Tensor):  # of the first of the passes of a step
             torch.testing.assert_close(got[name], stock[len(stock) // 3][name], atol=1e-3, rtol=1e-5)
-    for name in set(got) - {"hidden_states", *TIMES}:
+    for name in set(got) - {"hidden_states", *TIMES, *RESIDUALS}:
         assert same(got[name], stock[0][name]), name
 
 
@@ -176,7 +182,7 @@ def test_conditions_stay(case: RealCase) -> None:
     put = single.backbone.insert(pipe, stock[0], torch.full_like(latents, 1e4))["hidden_states"]
     changed = put != hidden
     expected = latents[:, :, case.given :].numel()
-    padding = hidden.shape[1] - latents.shape[2] if case.name == "CogVideoX 1.5" else 0
+    padding = hidden.shape[1] - latents.shape[2] if case.name.startswith("CogVideoX 1.5") else 0
     assert int(changed.sum()) == expected + padding * latents[:, :, 0].numel()
     if hidden.ndim == 5 and case.given:
         frame = 1 if case.name == "Kandinsky image" else 2
@@ -210,7 +216,7 @@ def test_one_pass_without_what_is_not_needed(case: RealCase, monkeypatch: pytest
         hook.remove()
     assert ran == [sites[-1][0].block] * 2  # of two transformers, the second is for little noise
     assert len(texts) == encoded
-    frames = latents.shape[2] if case.name != "CogVideoX 1.5" else 2
+    frames = latents.shape[2] if not case.name.startswith("CogVideoX 1.5") else 2
     assert maps[0].shape == (1, 2, frames, 3, 5)
     assert maps[0].isfinite().all()
     assert not torch.equal(maps[0], maps[1])
@@ -240,12 +246,46 @@ def test_the_pipeline_stays_as_it_is(case: RealCase) -> None:
     torch.testing.assert_close(generate(), before, atol=0, rtol=0, equal_nan="Kandinsky" in case.name)
 
 
-def test_layers_of_an_image_cannot_be_made_of_it() -> None:
-    from backbones import tiny_qwenimage as tiny
-    from diffusers import QwenImageLayeredPipeline
+@pytest.mark.parametrize("name", ["FLUX.1", "SD3", "Qwen-Image"])
+def test_a_control_net_sees_what_the_transformer_sees(name: str) -> None:
+    case = next(case for case in CASES if case.name == f"{name} control net")
+    pipe, single, clip, latents = single_of(case)
+    seen: list[torch.Tensor] = []
+    hook = pipe.controlnet.register_forward_hook(
+        lambda module, args, kwargs, output: seen.append(kwargs["hidden_states"]), with_kwargs=True
+    )
+    with forward_passes(pipe) as passes:
+        single.run(latents, 0.5, clip)
+    hook.remove()
+    assert torch.equal(seen[0], passes[0]["hidden_states"])
 
-    parts = tiny.make_components(channels=8, colors=4, use_layer3d_rope=True, use_additional_t_cond=True)
-    single = SinglePass(tiny.set_up(QwenImageLayeredPipeline(**parts, processor=None)), prompt="a red dog")
+
+def test_a_pipeline_that_extends_videos_is_refused() -> None:
+    pipe, _ = video_to_video()
+    single = SinglePass(pipe, prompt="a red dog")
+    with pytest.raises(dcm.ConceptMapsError, match="extends a video, and of a clip that it is given nothing is noise"):
+        single.run(torch.zeros(1, 16, 3, 6, 10), 0.5, torch.zeros(9, 3, 48, 80))
+
+
+@pytest.mark.parametrize("plus", [False, True])
+def test_an_edited_image_stays(plus: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stock pipelines bring it to a megapixel, which is too much here."""
+    name = "pipeline_qwenimage_edit_plus" if plus else "pipeline_qwenimage_edit"
+    module = importlib.import_module(f"diffusers.pipelines.qwenimage.{name}")
+    monkeypatch.setattr(module, "calculate_dimensions", lambda area, ratio: (16, 32) if plus else (16, 32, None))
+    cls = diffusers.QwenImageEditPlusPipeline if plus else diffusers.QwenImageEditPipeline
+    pipe = qwen_image(cls, processor=None)
+    case = RealCase(name, lambda: pipe, {"prompt_embeds": seeded(1, 7, tiny_qwenimage.WIDTH, seed=8)})
+    test_conditions_stay(case)
+    test_the_transformer_gets_the_clip_noised_as_in_a_run(case)
+    test_the_pipeline_stays_as_it_is(case)
+
+
+def test_layers_of_an_image_cannot_be_made_of_it() -> None:
+    parts = tiny_qwenimage.make_components(channels=8, colors=4, use_layer3d_rope=True, use_additional_t_cond=True)
+    single = SinglePass(
+        tiny_qwenimage.set_up(diffusers.QwenImageLayeredPipeline(**parts, processor=None)), prompt="a red dog"
+    )
     with pytest.raises(dcm.ConceptMapsError, match="makes the layers of an image, which an image alone does not have"):
         single.run(torch.zeros(1, 4, 1, 6, 10), 0.5, torch.zeros(1, 3, 24, 40))
 
