@@ -20,7 +20,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_cosmos import CosmosAttnProcessor2_0, CosmosAttnProcessor2_5
 
 from diffusers_concept_maps.backbones._base import CrossBackbone, Grid, Site
-from diffusers_concept_maps.backbones._real import posterior_mean
+from diffusers_concept_maps.backbones._real import ClipShape, default_shape, posterior_mean
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
 from diffusers_concept_maps.noising import one_step
 from diffusers_concept_maps.processors._base import ConceptProcessor
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 _TEXT_TOKENS = 512
 _SYSTEM_PROMPT = "You are a helpful assistant who will provide prompts to an image generator."
 """What the pipelines of Cosmos 2.5 put in front of every prompt."""
+
+_AREA = 704 * 1280
 
 
 class CosmosBackbone(CrossBackbone):
@@ -123,6 +125,13 @@ class CosmosBackbone(CrossBackbone):
         sigmas = pipe.scheduler.sigmas[: len(scheduled)].to(scheduled.device)
         ways = (scheduled, sigmas / (sigmas + 1), sigmas, sigmas.to(pipe.transformer.dtype))
         return torch.stack([way.to(dtype) for way in ways])
+
+    def clip_shape(self, pipe: Any) -> ClipShape:
+        """See `RealInput.clip_shape`; a transfer takes size and length from its controls, and makes chunks."""
+        multiple = int(pipe.vae_scale_factor_spatial) * int(pipe.transformer.config.patch_size[-1])
+        chunk = signature(type(pipe).__call__).parameters.get("num_frames_per_chunk")
+        known = {} if chunk is None else {"area": _AREA, "frames": int(chunk.default)}
+        return default_shape(pipe, multiple, int(pipe.vae_scale_factor_temporal), **known)
 
     def real_arguments(self, pipe: Any, frames: int) -> dict[str, Any]:
         """See `RealInput.real_arguments`; a transfer takes the clip whole."""

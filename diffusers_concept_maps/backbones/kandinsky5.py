@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from inspect import signature
+from inspect import signature
+from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -48,6 +50,13 @@ _TEXT_LENGTH = 512
 """Text tokens that the pipelines take where they are told no other number."""
 
 _SQUARE = 8
+
+
+class _AnySize(list[tuple[int, int]]):
+    """Sizes of images, none of which is unlike them."""
+
+    def __contains__(self, size: object) -> bool:
+        return True
 
 
 class Kandinsky5Backbone(CrossBackbone):
@@ -118,7 +127,14 @@ class Kandinsky5Backbone(CrossBackbone):
         """See `RealInput.clip_shape`; some pipelines make images, and sparse models take tokens by squares."""
         config, step = pipe.transformer.config, int(getattr(pipe, "vae_scale_factor_temporal", 1))
         square = _SQUARE if config.attention_type == "nabla" else 1
-        return default_shape(pipe, int(pipe.vae_scale_factor_spatial) * int(config.patch_size[-1]) * square, step)
+        multiple = int(pipe.vae_scale_factor_spatial) * int(config.patch_size[-1]) * square
+        sizes = getattr(pipe, "resolutions", None)
+        return default_shape(pipe, multiple, step, **({"area": prod(sizes[0])} if sizes else {}))
+
+    def prepare(self, pipe: Any) -> None:
+        """See `RealInput.prepare`; images are brought to sizes of a list."""
+        if hasattr(pipe, "resolutions"):
+            pipe.resolutions = _AnySize(pipe.resolutions)
 
     def latents(self, pipe: Any, clip: torch.Tensor) -> torch.Tensor:
         """See `RealInput.latents`; a VAE is one of videos or of images."""

@@ -46,7 +46,8 @@ class RealCase:
         pipeline: a tiny stock pipeline.
         call: what it cannot do without, or what keeps it tiny.
         given: latent frames at the start of the grid that are an image which the pipeline was given.
-        decodes: everything that is decoded was noise.
+        decodes: everything that is decoded was noise, and the pipeline undoes the scale wholly (SD3 inpainting adds
+            no shift).
     """
 
     name: str
@@ -115,21 +116,26 @@ def variants() -> list[RealCase]:
         RealCase("HunyuanVideo 1.5 image", tiny_hunyuan_video15.make_image_pipeline),
         RealCase("Kandinsky image to image", kandinsky_still_from_image, SHORT),
         RealCase(
-            "Cosmos 2.5 image",
+            "Cosmos 2.5 video",
             test_cosmos.cosmos25,
-            {"max_sequence_length": 48, "image": test_cosmos.picture()},
-            given=1,
+            {"max_sequence_length": 48, "video": test_cosmos.VIDEO},
+            given=2,
             decodes=False,
         ),
         RealCase("Cosmos transfer", test_cosmos.transfer, {"max_sequence_length": 48, "controls": test_cosmos.VIDEO}),
         RealCase(
             "FLUX.1 control net",
             partial(test_flux.pipeline, "FluxControlNetPipeline", controlled=True),
-            SHORT | {"control_image": test_flux.IMAGE},
+            SHORT | {"control_image": test_flux.IMAGE.mT},
         ),
         RealCase("SD3 control net", sd3_control, SHORT | {"control_image": test_wan.picture()}),
         RealCase("Qwen-Image control net", qwen_control, {"control_image": test_wan.picture()}),
-        RealCase("SD3 inpainting", partial(sd3_image, diffusers.StableDiffusion3InpaintPipeline, channels=16), SHORT),
+        RealCase(
+            "SD3 inpainting",
+            partial(sd3_image, diffusers.StableDiffusion3InpaintPipeline, channels=16),
+            SHORT,
+            decodes=False,
+        ),
         RealCase("Chroma inpainting", partial(test_chroma.pipeline, "ChromaInpaintPipeline"), SHORT),
         RealCase("FLUX.2 klein inpainting", partial(test_flux2.klein, "Flux2KleinInpaintPipeline"), SHORT),
         RealCase("Qwen-Image inpainting", partial(qwen_image, diffusers.QwenImageInpaintPipeline)),
@@ -283,7 +289,8 @@ def clip_for(pipe: Any) -> torch.Tensor:
     shape = find_backbone(transformer_of(pipe)).clip_shape(pipe)
     block = int(getattr(transformer_of(pipe).config, "num_frame_per_block", 1))  # latent frames come in blocks
     frames = (2 + (block > 1)) * shape.frame_step + 1 if shape.frames > 1 else 1
-    size = (frames, 3, 3 * shape.multiple, 5 * shape.multiple)
+    multiple = 2 * shape.multiple if isinstance(pipe, diffusers.StableDiffusion3ControlNetPipeline) else shape.multiple
+    size = (frames, 3, 3 * multiple, 5 * multiple)
     return torch.randint(0, 256, size, generator=torch.Generator().manual_seed(3)) / 255
 
 
