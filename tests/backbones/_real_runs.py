@@ -79,147 +79,6 @@ def cogvideox(cls: Any, config: dict[str, Any]) -> Any:
     return tiny_cogvideox_variants.make_pipeline(variant)
 
 
-def variants() -> list[RealCase]:
-    """Other pipelines than those of the cases."""
-    learned, channels = tiny_cogvideox_variants.LEARNED, {"in_channels": 8}
-    image = {"decodes": False}
-    wan, parts = tiny_wan, tiny_wan.components
-    expanded = partial(diffusers.WanImageToVideoPipeline, expand_timesteps=True)
-    return [
-        RealCase("CogVideoX 1.5", partial(tiny_cogvideox.make_pipeline, patch_size_t=2)),
-        RealCase("CogVideoX sin-cos", partial(tiny_cogvideox.make_pipeline, rope=False)),
-        RealCase("CogVideoX image", partial(cogvideox, diffusers.CogVideoXImageToVideoPipeline, learned)),
-        RealCase("CogVideoX video", partial(cogvideox, diffusers.CogVideoXVideoToVideoPipeline, {})),
-        RealCase(
-            "CogVideoX control",
-            partial(cogvideox, diffusers.CogVideoXFunControlPipeline, channels),
-            {"control_video": tiny_cogvideox_variants.pictures(9)},
-        ),
-        RealCase(
-            "ConsisID",
-            partial(cogvideox, tiny_cogvideox_variants.ConsisIDPipeline, learned),
-            {name: value for name, value in tiny_cogvideox_variants.face(1).items() if name.startswith("id_")},
-        ),
-        RealCase(
-            "CogVideoX 1.5 image",
-            partial(cogvideox, diffusers.CogVideoXImageToVideoPipeline, {"in_channels": 8, "patch_size_t": 2}),
-        ),
-        RealCase(
-            "Wan 2.2 image",
-            lambda: wan.silent(
-                diffusers.WanImageToVideoPipeline(**parts(transformer=wan.make_transformer(in_channels=36)))
-            ),
-            SHORT,
-        ),
-        RealCase("SkyReels image", skyreels_image, {"max_sequence_length": 512}),
-        RealCase("FramePack", tiny_framepack.make_pipeline, {"max_sequence_length": 8}),
-        RealCase("HunyuanVideo 1.5 image", tiny_hunyuan_video15.make_image_pipeline),
-        RealCase("Kandinsky image to image", kandinsky_still_from_image, SHORT),
-        RealCase(
-            "Cosmos 2.5 video",
-            test_cosmos.cosmos25,
-            {"max_sequence_length": 48, "video": test_cosmos.VIDEO},
-            given=2,
-            decodes=False,
-        ),
-        RealCase("Cosmos transfer", test_cosmos.transfer, {"max_sequence_length": 48, "controls": test_cosmos.VIDEO}),
-        RealCase(
-            "FLUX.1 control net",
-            partial(test_flux.pipeline, "FluxControlNetPipeline", controlled=True),
-            SHORT | {"control_image": test_flux.IMAGE.mT},
-        ),
-        RealCase("SD3 control net", sd3_control, SHORT | {"control_image": test_wan.picture()}),
-        RealCase("Qwen-Image control net", qwen_control, {"control_image": test_wan.picture()}),
-        RealCase(
-            "SD3 inpainting",
-            partial(sd3_image, diffusers.StableDiffusion3InpaintPipeline, channels=16),
-            SHORT,
-            decodes=False,
-        ),
-        RealCase("Chroma inpainting", partial(test_chroma.pipeline, "ChromaInpaintPipeline"), SHORT),
-        RealCase("FLUX.2 klein inpainting", partial(test_flux2.klein, "Flux2KleinInpaintPipeline"), SHORT),
-        RealCase("Qwen-Image inpainting", partial(qwen_image, diffusers.QwenImageInpaintPipeline)),
-        RealCase("LTX-2 conditions", partial(test_ltx2.pipeline, LTX2ConditionPipeline), SHORT),
-        RealCase("Wan image", test_wan.image_to_video, {"max_sequence_length": 512}),
-        RealCase(
-            "Wan 5B image",
-            lambda: wan.silent(expanded(**parts(transformer=wan.make_transformer()))),
-            SHORT,
-            given=1,
-            decodes=False,
-        ),
-        RealCase(
-            "Wan video", lambda: wan.silent(test_wan.VideoToVideo(**parts(transformer=wan.make_transformer()))), SHORT
-        ),
-        RealCase("VACE", test_wan.vace, SHORT),
-        RealCase("VACE with references", test_wan.vace, SHORT | {"reference_images": [test_wan.picture()]}),
-        RealCase(
-            "SkyReels forcing image",
-            lambda: wan.silent(
-                diffusers.SkyReelsV2DiffusionForcingImageToVideoPipeline(
-                    **parts(transformer=tiny_skyreels_v2.make_transformer())
-                )
-            ),
-            SHORT,
-            given=1,
-            decodes=False,
-        ),
-        RealCase(
-            "HunyuanVideo image, channels",
-            partial(test_hunyuan_video.image_to_video, "latent_concat"),
-            test_hunyuan_video.prompt_embeds(),
-        ),
-        RealCase(
-            "HunyuanVideo image, token",
-            partial(test_hunyuan_video.image_to_video, "token_replace"),
-            test_hunyuan_video.prompt_embeds(),
-            given=1,
-            decodes=False,
-        ),
-        RealCase("HunyuanVideo SkyReels", test_hunyuan_video.skyreels, test_hunyuan_video.prompt_embeds()),
-        RealCase("LTX image", partial(test_ltx.pipeline, test_ltx.LTXImageToVideoPipeline), SHORT, given=1, **image),
-        RealCase("LTX conditions", partial(test_ltx.pipeline, test_ltx.LTXConditionPipeline), SHORT),
-        RealCase(
-            "LTX later condition",
-            partial(test_ltx.pipeline, test_ltx.LTXConditionPipeline),
-            SHORT | {"conditions": [test_ltx.condition(8)]},
-            decodes=False,
-        ),
-        RealCase(
-            "LTX-2 image",
-            partial(test_ltx2.pipeline, LTX2ImageToVideoPipeline),
-            SHORT | {"image_crf": 0},
-            given=1,
-            **image,
-        ),
-        RealCase("Sana image", test_sana_video.image_pipeline, SHORT, given=1, **image),
-        RealCase("Kandinsky image", kandinsky_image, SHORT, given=1, **image),
-        RealCase("Kandinsky text to image", kandinsky_still, SHORT),
-        *(cosmos(case) for case in test_cosmos.VARIANTS),
-        *(RealCase(name, partial(test_flux.pipeline, name), SHORT) for name in FLUX),
-        RealCase("FLUX.1 fill", partial(test_flux.pipeline, "FluxFillPipeline", channels=48), SHORT),
-        RealCase(
-            "FLUX.1 control",
-            partial(test_flux.pipeline, "FluxControlPipeline", channels=32),
-            SHORT | {"control_image": test_flux.IMAGE},
-        ),
-        RealCase(
-            "FLUX.1 Kontext with a reference",
-            partial(test_flux.pipeline, "FluxKontextPipeline"),
-            SHORT | {"image": test_flux.IMAGE, "_auto_resize": False},
-        ),
-        RealCase("FLUX.2 klein with a reference", test_flux2.klein, SHORT | {"image": test_flux2.REFERENCE}),
-        RealCase(
-            "FLUX.2 klein that keeps references",
-            partial(test_flux2.klein, "Flux2KleinKVPipeline"),
-            SHORT | {"image": test_flux2.REFERENCE},
-        ),
-        RealCase("Chroma image", partial(test_chroma.pipeline, "ChromaImg2ImgPipeline"), SHORT),
-        RealCase("SD3 image", sd3_image, SHORT),
-        RealCase("Qwen-Image image", qwen_image),
-    ]
-
-
 FLUX = ("FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxKontextPipeline")
 
 
@@ -279,9 +138,154 @@ def qwen_control() -> Any:
     return qwen_image(diffusers.QwenImageControlNetPipeline, controlnet=control)
 
 
+LEARNED = tiny_cogvideox_variants.LEARNED
+VARIANTS = [
+    RealCase("CogVideoX 1.5", partial(tiny_cogvideox.make_pipeline, patch_size_t=2)),
+    RealCase("CogVideoX sin-cos", partial(tiny_cogvideox.make_pipeline, rope=False)),
+    RealCase("CogVideoX image", partial(cogvideox, diffusers.CogVideoXImageToVideoPipeline, LEARNED)),
+    RealCase("CogVideoX video", partial(cogvideox, diffusers.CogVideoXVideoToVideoPipeline, {})),
+    RealCase(
+        "CogVideoX control",
+        partial(cogvideox, diffusers.CogVideoXFunControlPipeline, {"in_channels": 8}),
+        {"control_video": tiny_cogvideox_variants.pictures(9)},
+    ),
+    RealCase(
+        "ConsisID",
+        partial(cogvideox, tiny_cogvideox_variants.ConsisIDPipeline, LEARNED),
+        {name: value for name, value in tiny_cogvideox_variants.face(1).items() if name.startswith("id_")},
+    ),
+    RealCase(
+        "CogVideoX 1.5 image",
+        partial(cogvideox, diffusers.CogVideoXImageToVideoPipeline, {"in_channels": 8, "patch_size_t": 2}),
+    ),
+    RealCase(
+        "Wan 2.2 image",
+        lambda: tiny_wan.silent(
+            diffusers.WanImageToVideoPipeline(
+                **tiny_wan.components(transformer=tiny_wan.make_transformer(in_channels=36))
+            )
+        ),
+        SHORT,
+    ),
+    RealCase("SkyReels image", skyreels_image, {"max_sequence_length": 512}),
+    RealCase("FramePack", tiny_framepack.make_pipeline, {"max_sequence_length": 8}),
+    RealCase("HunyuanVideo 1.5 image", tiny_hunyuan_video15.make_image_pipeline),
+    RealCase("Kandinsky image to image", kandinsky_still_from_image, SHORT),
+    RealCase(
+        "Cosmos 2.5 video",
+        test_cosmos.cosmos25,
+        {"max_sequence_length": 48, "video": test_cosmos.VIDEO},
+        given=2,
+        decodes=False,
+    ),
+    RealCase("Cosmos transfer", test_cosmos.transfer, {"max_sequence_length": 48, "controls": test_cosmos.VIDEO}),
+    RealCase(
+        "FLUX.1 control net",
+        partial(test_flux.pipeline, "FluxControlNetPipeline", controlled=True),
+        SHORT | {"control_image": test_flux.IMAGE.mT},
+    ),
+    RealCase("SD3 control net", sd3_control, SHORT | {"control_image": test_wan.picture()}),
+    RealCase("Qwen-Image control net", qwen_control, {"control_image": test_wan.picture()}),
+    RealCase(
+        "SD3 inpainting",
+        partial(sd3_image, diffusers.StableDiffusion3InpaintPipeline, channels=16),
+        SHORT,
+        decodes=False,
+    ),
+    RealCase("Chroma inpainting", partial(test_chroma.pipeline, "ChromaInpaintPipeline"), SHORT),
+    RealCase("FLUX.2 klein inpainting", partial(test_flux2.klein, "Flux2KleinInpaintPipeline"), SHORT),
+    RealCase("Qwen-Image inpainting", partial(qwen_image, diffusers.QwenImageInpaintPipeline)),
+    RealCase("LTX-2 conditions", partial(test_ltx2.pipeline, LTX2ConditionPipeline), SHORT),
+    RealCase("Wan image", test_wan.image_to_video, {"max_sequence_length": 512}),
+    RealCase(
+        "Wan 5B image",
+        lambda: tiny_wan.silent(
+            diffusers.WanImageToVideoPipeline(
+                expand_timesteps=True, **tiny_wan.components(transformer=tiny_wan.make_transformer())
+            )
+        ),
+        SHORT,
+        given=1,
+        decodes=False,
+    ),
+    RealCase(
+        "Wan video",
+        lambda: tiny_wan.silent(test_wan.VideoToVideo(**tiny_wan.components(transformer=tiny_wan.make_transformer()))),
+        SHORT,
+    ),
+    RealCase("VACE", test_wan.vace, SHORT),
+    RealCase("VACE with references", test_wan.vace, SHORT | {"reference_images": [test_wan.picture()]}),
+    RealCase(
+        "SkyReels forcing image",
+        lambda: tiny_wan.silent(
+            diffusers.SkyReelsV2DiffusionForcingImageToVideoPipeline(
+                **tiny_wan.components(transformer=tiny_skyreels_v2.make_transformer())
+            )
+        ),
+        SHORT,
+        given=1,
+        decodes=False,
+    ),
+    RealCase(
+        "HunyuanVideo image, channels",
+        partial(test_hunyuan_video.image_to_video, "latent_concat"),
+        test_hunyuan_video.prompt_embeds(),
+    ),
+    RealCase(
+        "HunyuanVideo image, token",
+        partial(test_hunyuan_video.image_to_video, "token_replace"),
+        test_hunyuan_video.prompt_embeds(),
+        given=1,
+        decodes=False,
+    ),
+    RealCase("HunyuanVideo SkyReels", test_hunyuan_video.skyreels, test_hunyuan_video.prompt_embeds()),
+    RealCase("LTX image", partial(test_ltx.pipeline, test_ltx.LTXImageToVideoPipeline), SHORT, given=1, decodes=False),
+    RealCase("LTX conditions", partial(test_ltx.pipeline, test_ltx.LTXConditionPipeline), SHORT),
+    RealCase(
+        "LTX later condition",
+        partial(test_ltx.pipeline, test_ltx.LTXConditionPipeline),
+        SHORT | {"conditions": [test_ltx.condition(8)]},
+        decodes=False,
+    ),
+    RealCase(
+        "LTX-2 image",
+        partial(test_ltx2.pipeline, LTX2ImageToVideoPipeline),
+        SHORT | {"image_crf": 0},
+        given=1,
+        decodes=False,
+    ),
+    RealCase("Sana image", test_sana_video.image_pipeline, SHORT, given=1, decodes=False),
+    RealCase("Kandinsky image", kandinsky_image, SHORT, given=1, decodes=False),
+    RealCase("Kandinsky text to image", kandinsky_still, SHORT),
+    *(cosmos(case) for case in test_cosmos.VARIANTS),
+    *(RealCase(name, partial(test_flux.pipeline, name), SHORT) for name in FLUX),
+    RealCase("FLUX.1 fill", partial(test_flux.pipeline, "FluxFillPipeline", channels=48), SHORT),
+    RealCase(
+        "FLUX.1 control",
+        partial(test_flux.pipeline, "FluxControlPipeline", channels=32),
+        SHORT | {"control_image": test_flux.IMAGE},
+    ),
+    RealCase(
+        "FLUX.1 Kontext with a reference",
+        partial(test_flux.pipeline, "FluxKontextPipeline"),
+        SHORT | {"image": test_flux.IMAGE, "_auto_resize": False},
+    ),
+    RealCase("FLUX.2 klein with a reference", test_flux2.klein, SHORT | {"image": test_flux2.REFERENCE}),
+    RealCase(
+        "FLUX.2 klein that keeps references",
+        partial(test_flux2.klein, "Flux2KleinKVPipeline"),
+        SHORT | {"image": test_flux2.REFERENCE},
+    ),
+    RealCase("Chroma image", partial(test_chroma.pipeline, "ChromaImg2ImgPipeline"), SHORT),
+    RealCase("SD3 image", sd3_image, SHORT),
+    RealCase("Qwen-Image image", qwen_image),
+]
+"""Other pipelines than those of the cases."""
+
+
 def real_cases() -> list[RealCase]:
     """All of them."""
-    return [*(of_case(case) for case in find_cases() if case.pipeline), *variants()]
+    return [*(of_case(case) for case in find_cases() if case.pipeline), *VARIANTS]
 
 
 def clip_for(pipe: Any) -> torch.Tensor:
@@ -296,7 +300,18 @@ def clip_for(pipe: Any) -> torch.Tensor:
 
 def disturb(pipe: Any) -> None:
     """Means, deviations and factors of the VAE that are not those that change nothing."""
-    vae = pipe.vae
+    _disturb_means(pipe.vae)
+    _disturb_factors(pipe)
+    if isinstance(getattr(pipe, "latents_mean", None), torch.Tensor):  # Cosmos 2.5 has copied them
+        std = torch.tensor(pipe.vae.config.latents_std).view_as(pipe.latents_std)
+        pipe.latents_mean = torch.tensor(pipe.vae.config.latents_mean).view_as(pipe.latents_mean)
+        pipe.latents_std = std if isinstance(pipe, diffusers.Cosmos2_5_TransferPipeline) else 1 / std
+
+
+def _disturb_means(vae: Any) -> None:
+    if isinstance(vae, diffusers.AutoencoderKLCosmos):  # of every latent frame
+        frames = 17 * vae.config.latent_channels
+        vae.register_to_config(latents_mean=[0.0] * frames, latents_std=[1.0] * frames)
     for name, low, high in (("latents_mean", -0.5, 0.5), ("latents_std", 0.5, 2.0)):
         known = getattr(vae.config, name, None)
         if known is not None:
@@ -304,6 +319,13 @@ def disturb(pipe: Any) -> None:
         buffer = dict(vae.named_buffers(recurse=False)).get(name)
         if buffer is not None:
             buffer.copy_(torch.linspace(low, high, buffer.numel()))
+    if hasattr(vae, "bn"):
+        vae.bn.running_mean.copy_(torch.linspace(-0.5, 0.5, vae.bn.running_mean.numel()))
+        vae.bn.running_var.copy_(torch.linspace(0.5, 2.0, vae.bn.running_var.numel()))
+
+
+def _disturb_factors(pipe: Any) -> None:
+    vae = pipe.vae
     if getattr(vae.config, "scaling_factor", None) is not None:
         vae.register_to_config(scaling_factor=0.7)
         for name in ("vae_scaling_factor", "vae_scaling_factor_image"):  # some have copied it
@@ -311,9 +333,3 @@ def disturb(pipe: Any) -> None:
                 setattr(pipe, name, 0.7)
     if getattr(vae.config, "shift_factor", None) is not None:
         vae.register_to_config(shift_factor=0.1)
-    if hasattr(vae, "bn"):
-        vae.bn.running_mean.copy_(torch.linspace(-0.5, 0.5, vae.bn.running_mean.numel()))
-        vae.bn.running_var.copy_(torch.linspace(0.5, 2.0, vae.bn.running_var.numel()))
-    if isinstance(getattr(pipe, "latents_mean", None), torch.Tensor):  # Cosmos 2.5 has copied them
-        pipe.latents_mean = torch.tensor(vae.config.latents_mean).view_as(pipe.latents_mean)
-        pipe.latents_std = 1 / torch.tensor(vae.config.latents_std).view_as(pipe.latents_std)

@@ -19,6 +19,7 @@ from backbones._real_runs import RealCase, clip_for, disturb, qwen_image, real_c
 from backbones.test_skyreels_v2 import video_to_video
 
 import diffusers_concept_maps as dcm
+from diffusers_concept_maps import noising
 from diffusers_concept_maps.attachment import by_name
 from diffusers_concept_maps.backbones import JointBackbone, find_transformers
 from diffusers_concept_maps.capture import attach
@@ -303,3 +304,34 @@ def test_a_clip_of_another_size_is_refused() -> None:
     _, single, clip, latents = single_of(case)
     with pytest.raises(dcm.ConceptMapsError, match=r"the latents of the clip are \(1, 16, 2, 6, 10\); pass a size"):
         single.run(latents[:, :, :2], 0.5, clip)
+
+
+def test_a_copy_of_the_scheduler_has_one_step_too() -> None:
+    """Some pipelines have one for every frame, or for sound."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    own = copy.deepcopy(noising.at_level(scheduler, 0.3))
+    own.set_timesteps(5)
+    assert own.timesteps.tolist() == pytest.approx([300.0])
+    assert own.sigmas.tolist() == pytest.approx([0.3, 0.0])
+    assert scheduler.timesteps.shape == (1000,)
+
+
+@pytest.mark.parametrize("name", ["Cosmos", "Cosmos 2, text to image"])
+def test_all_noise_is_the_most_that_a_schedule_has(name: str) -> None:
+    """At no level does a clip that stays as large as it is vanish."""
+    case = next(case for case in CASES if case.name == name)
+    pipe, single, clip, latents = single_of(case)
+    single.run(latents, 1.0, clip)
+    assert float(single.pipe.scheduler.sigmas[0]) == 80.0
+    noisy = single.backbone.add_noise(pipe, latents, torch.zeros_like(latents), 1.0)
+    assert float(noisy.abs().max()) > 0
+
+
+def test_clean_latents_are_told_to_be_noised() -> None:
+    case = next(case for case in CASES if case.name == "Cosmos")
+    pipe, single, clip, latents = single_of(case)
+    with forward_passes(pipe) as passes:
+        single.run(latents, 0.5, clip, noised=False)
+        single.run(latents, 0.5, clip)
+    torch.testing.assert_close(passes[0]["hidden_states"], latents / 0.5)  # of deviation 1
+    assert torch.equal(passes[0]["timestep"], passes[1]["timestep"])
