@@ -105,10 +105,9 @@ class SinglePass:
         takers = [*find_transformers(self.pipe), *([control] if isinstance(control, nn.Module) else [])]
         # What listens to them is to see the latents of the clip: prepended.
         hooks = [taker.register_forward_pre_hook(put, with_kwargs=True, prepend=True) for taker in takers]
-        device = latents.device
         try:
             # Some pipelines sample their conditions without the generator that they are given.
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            with torch.random.fork_rng(list(range(torch.cuda.device_count()))):
                 torch.manual_seed(seed)
                 self.pipe(**self._arguments(clip), generator=generator)
         except DeepestLayerReached:

@@ -205,7 +205,9 @@ def test_one_pass_without_what_is_not_needed(case: RealCase, monkeypatch: pytest
         hooks.append(encoder.register_forward_pre_hook(lambda *_: texts.append(1)))
     maps = []
     for level in (0.5, 0.3):
-        handle = attach(single.pipe, concept_embeds=seeded(2, width, seed=1), methods=methods, layers=[0], single_passes=True)
+        handle = attach(
+            single.pipe, concept_embeds=seeded(2, width, seed=1), methods=methods, layers=[0], single_passes=True
+        )
         try:
             single.run(latents, level, clip)
         finally:
