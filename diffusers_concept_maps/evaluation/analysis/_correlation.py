@@ -86,7 +86,8 @@ def _varied(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _unit(values: torch.Tensor) -> torch.Tensor:
     centered = values - values.mean()
-    return centered / centered.norm()
+    scaled: torch.Tensor = centered / centered.norm()
+    return scaled
 
 
 def _finite(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

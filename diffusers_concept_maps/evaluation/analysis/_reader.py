@@ -74,7 +74,8 @@ class TransitionReader(PassListener[Pass]):
         assert current is not None  # `records` is True
         layer, row = self._layer[attention], current.rows.start
         q, k, v, done = (tensor[row].float() for tensor in (query, key, value, output))
-        seen = None if mask is None else mask.expand(len(query), *mask.shape[1:])[row]
+        seen = None if mask is None else mask.expand(len(query), -1, -1, -1)[row]  # [H or 1, S or 1, S]
+        seen = seen.float() if seen is not None and seen.is_floating_point() else seen
         check_softmax(q, k, v, done, seen, layer)
         if self._tokens == "joint":
             if not key[row, :, text].shape[1]:
@@ -84,7 +85,7 @@ class TransitionReader(PassListener[Pass]):
                 )
             self._consume(layer, Transition(q, k, seen))
             return
-        part = None if seen is None else seen.expand(*seen.shape[:-2], q.shape[1], -1)[..., image, image]
+        part = None if seen is None else seen.expand(-1, q.shape[1], -1)[:, image, image]
         self._consume(layer, Transition(q[:, image], k[:, image], part))
 
 
@@ -101,7 +102,9 @@ def check_softmax(
     Raises:
         ConceptMapsError: its output is another one.
     """
-    again = scaled_dot_product_attention(query[None], key[None], value[None], attn_mask=mask)[0]
+    again = scaled_dot_product_attention(
+        query[None], key[None], value[None], attn_mask=None if mask is None else mask[None]
+    )[0]
     error = float((again - output).norm() / output.norm().clamp(min=1e-12))
     if not error <= _CLOSE:
         raise ConceptMapsError(

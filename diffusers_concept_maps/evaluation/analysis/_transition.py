@@ -31,7 +31,7 @@ class Transition:
     Attributes:
         query: `[H, N, D]`, after norms and rotary embedding.
         key: likewise.
-        mask: as torch's attention takes it, broadcastable to `[H, N, N]`; None hides nothing.
+        mask: `[H or 1, N or 1, N]`, bool or what is added to the logits; None hides nothing.
     """
 
     query: torch.Tensor
@@ -47,15 +47,13 @@ class Transition:
         Returns:
             `[H, N, b]`.
         """
-        width = self.query.shape[-1]
-        blocks = []
+        width, blocks = self.query.shape[-1], []
+        mask = None if self.mask is None else self.mask[None]
         with sdpa_kernel(_FUSED):
             for block in vectors.split(width, -1):
                 # Only values as wide as the keys, row by row, are taken by the kernels that form no matrix.
                 values = pad(block, (0, width - block.shape[-1])).contiguous()
-                product = scaled_dot_product_attention(
-                    self.query[None], self.key[None], values[None], attn_mask=self.mask
-                )
+                product = scaled_dot_product_attention(self.query[None], self.key[None], values[None], attn_mask=mask)
                 blocks.append(product[0, ..., : block.shape[-1]])
         return torch.cat(blocks, -1)
 

@@ -54,7 +54,7 @@ class WatchedHeads(HeadSelection):
     def mean(self, layers: int) -> torch.Tensor:
         """Mean index over the steps `[layer, head]`, float64."""
         seen: torch.Tensor = torch.stack(self.__dict__["seen"])[:, 0].double()
-        return seen.unflatten(0, (-1, layers)).mean(0)
+        return mean(seen.unflatten(0, (-1, layers)))
 
 
 def run(pipe: Any, subjects: Sequence[Subject], settings: Settings) -> Findings:
