@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,9 @@ def register(commands: Any) -> None:
     parser.add_argument("--limit", type=positive, metavar="N", help="clips to take; default: all, 60 of shapes")
     parser.add_argument("--score", default="average_precision", help="what a map is scored by (default: %(default)s)")
     parser.add_argument("--word", default="color", help="shapes: what names the target: color, shape or motion")
+    parser.add_argument(
+        "--others", nargs="+", default=["background"], metavar="CONCEPT", help="data sets on disk: what else there is"
+    )
     parser.add_argument("--method", default="concept_attention", help="map method (default: %(default)s)")
     parser.add_argument("--normalize", help="none, softmax or zscore; default: the method's")
     parser.add_argument("--noise-level", type=float, nargs="+", metavar="LEVEL", help="fractions in (0, 1]")
@@ -78,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _subjects(options: argparse.Namespace) -> list[Subject]:
+def _subjects(options: argparse.Namespace) -> Iterable[Subject]:
     from diffusers_concept_maps.errors import ConceptMapsValueError
     from diffusers_concept_maps.evaluation.analysis import dataset_subjects, shapes_subjects
     from diffusers_concept_maps.evaluation.datasets import open_dataset
@@ -89,4 +93,5 @@ def _subjects(options: argparse.Namespace) -> list[Subject]:
         return shapes_subjects(options.limit or 60, word=options.word, seed=options.seed)
     if options.root is None:
         raise ConceptMapsValueError(f"the data set {options.dataset!r} needs the folder it is in; pass --root DIR")
-    return dataset_subjects(open_dataset(options.dataset, options.root), options.limit)
+    dataset = open_dataset(options.dataset, options.root)
+    return dataset_subjects(dataset, options.limit, others=options.others)

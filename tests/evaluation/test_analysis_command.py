@@ -19,23 +19,19 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 def davis(root: Path) -> Path:
     """Two videos of a green square on black, as DAVIS 2016 has them."""
-    for folder in ("JPEGImages/480p", "Annotations/480p"):
-        for video in ("bear", "cows"):
-            (root / folder / video).mkdir(parents=True)
-    for shift, video in enumerate(("bear", "cows")):
+    (root / "ImageSets" / "2016").mkdir(parents=True)
+    (root / "ImageSets" / "2016" / "val.txt").write_text("bear\ncows\n")
+    for first, video in enumerate(("bear", "cows")):
+        pictures, masks = root / "JPEGImages" / "480p" / video, root / "Annotations" / "480p" / video
+        pictures.mkdir(parents=True)
+        masks.mkdir(parents=True)
         for frame in range(6):
-            picture, mask = np.zeros((32, 32, 3), np.uint8), np.zeros((32, 32), np.uint8)
-            picture[8:16, 4 * shift + frame : 4 * shift + frame + 9] = (30, 190, 45)
-            mask[8:16, 4 * shift + frame : 4 * shift + frame + 9] = 255
-            Image.fromarray(picture).save(root / "JPEGImages/480p" / video / f"{frame:05d}.jpg", quality=95)
-            Image.fromarray(mask).save(root / "Annotations/480p" / video / f"{frame:05d}.png")
-    (root / "ImageSets/480p").mkdir(parents=True)
-    lines = [
-        f"/JPEGImages/480p/{video}/{frame:05d}.jpg /Annotations/480p/{video}/{frame:05d}.png"
-        for video in ("bear", "cows")
-        for frame in range(6)
-    ]
-    (root / "ImageSets/480p/val.txt").write_text("\n".join(lines) + "\n")
+            mask = np.zeros((64, 64), np.uint8)
+            mask[16:34, 8 * first + 2 * frame : 8 * first + 2 * frame + 18] = 255
+            Image.fromarray(mask[..., None] // 255 * np.array([30, 190, 45], np.uint8)).save(
+                pictures / f"{frame:05d}.jpg", quality=95
+            )
+            Image.fromarray(mask).save(masks / f"{frame:05d}.png")
     return root
 
 
@@ -53,6 +49,17 @@ def test_the_levels_are_those_that_are_asked_for(tmp_path: Path) -> None:
     arguments = ["analyze", "layers-steps", "--limit", "1", "--noise-level", "0.3", "0.6", "--out", str(tmp_path)]
     assert main(arguments) == 0
     assert {row["noise_level"] for row in rows(tmp_path / "layers-steps.csv")} == {"0.3", "0.6"}
+
+
+def test_a_data_set_on_disk_is_analyzed(tmp_path: Path) -> None:
+    root, out = davis(tmp_path / "DAVIS"), tmp_path / "out"
+    source = ["--dataset", "davis-2016", "--root", str(root), "--size", "32", "32", "--noise-level", "0.6"]
+    assert main(["analyze", "layers-steps", *source, "--others", "background", "red", "--out", str(out)]) == 0
+    found = rows(out / "layers-steps.csv")
+    assert [row["layer"] for row in found] == list("01234")
+    assert {row["n"] for row in found} == {"2"}
+    assert all(float(row["chance"]) == pytest.approx(18 * 18 / 64**2, abs=1e-5) for row in found)
+    assert max(float(row["score"]) for row in found) > 3 * 18 * 18 / 64**2
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from diffusers_concept_maps.evaluation.analysis._correlation import correlate, pearson, permutation_p, ranks, spearman
+from diffusers_concept_maps.evaluation.analysis._correlation import (
+    correlate,
+    pearson,
+    permutation_p,
+    ranks,
+    spearman,
+    tell,
+)
 
 
 @given(seed=st.integers(0, 10_000), count=st.integers(3, 60), levels=st.integers(2, 30))
@@ -58,3 +65,8 @@ def test_p_of_what_is_independent_is_even() -> None:
         for _ in range(200)
     ]
     assert stats.kstest(found, "uniform").pvalue > 0.01
+
+
+def test_a_row_is_told() -> None:
+    assert tell([20, -0.5, 0.0123, 0.25, 0.3]) == "Pearson -0.500 (p 0.012), Spearman 0.250 (p 0.3), n = 20"
+    assert tell([2, None, None, None, None]).startswith("not correlated, because one side is constant")

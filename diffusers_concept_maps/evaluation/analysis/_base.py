@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -166,7 +166,7 @@ class Analysis:
 
     name: str
     summary: str
-    run: Callable[[Any, Sequence[Subject], Settings], Findings]
+    run: Callable[[Any, Iterable[Subject], Settings], Findings]
     noise_levels: tuple[float, ...] | None = None
 
 
@@ -176,15 +176,17 @@ def depth(pipe: Any) -> int:
     return len(find_backbone(transformer).sites(transformer))
 
 
-def each(subjects: Sequence[Subject]) -> Iterator[Subject]:
+def each(subjects: Iterable[Subject]) -> Iterator[Subject]:
     """The clips, with a progress bar.
 
     Raises:
         ConceptMapsValueError: there is none.
     """
-    if not subjects:
+    subject = None
+    for subject in logging.tqdm(subjects, desc="clips", unit="clip"):
+        yield subject
+    if subject is None:
         raise ConceptMapsValueError("no clips to analyze; expected at least one with a target in it")
-    yield from logging.tqdm(subjects, desc="clips", unit="clip")
 
 
 def mean(values: torch.Tensor, axis: int | tuple[int, ...] = 0) -> torch.Tensor:

@@ -26,8 +26,10 @@ def correlate(first: torch.Tensor, second: torch.Tensor) -> list[Any]:
 def tell(row: list[Any]) -> str:
     """A row of `correlate` in words."""
     count, *values = row
-    r, r_p, rho, rho_p = ("undefined" if value is None else f"{value:.3f}" for value in values)
-    return f"Pearson {r} (p {r_p}), Spearman {rho} (p {rho_p}), n = {count}"
+    if None in values:
+        return f"not correlated, because one side is constant or has fewer than three values, n = {count}"
+    r, r_p, rho, rho_p = values
+    return f"Pearson {r:.3f} (p {r_p:.2g}), Spearman {rho:.3f} (p {rho_p:.2g}), n = {count}"
 
 
 def pearson(first: torch.Tensor, second: torch.Tensor) -> float | None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from diffusers_concept_maps.attachment import Attachment, check_alike, check_free
 from diffusers_concept_maps.backbones import Backbone, Site, find_backbone, find_transformers
@@ -102,9 +101,7 @@ def check_softmax(
     Raises:
         ConceptMapsError: its output is another one.
     """
-    again = scaled_dot_product_attention(
-        query[None], key[None], value[None], attn_mask=None if mask is None else mask[None]
-    )[0]
+    again = Transition(query, key, mask).apply(value)
     error = float((again - output).norm() / output.norm().clamp(min=1e-12))
     if not error <= _CLOSE:
         raise ConceptMapsError(

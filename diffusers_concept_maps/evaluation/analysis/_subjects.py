@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,27 +85,31 @@ def _of_scenes(scenes: Scenes, word: str) -> list[Subject]:
 
 
 def dataset_subjects(
-    dataset: Dataset[object], limit: int | None = None, *, others: Sequence[str] = ("background", "floor", "tree")
-) -> list[Subject]:
-    """Samples of a data set with a class of their own in them: the first is the target.
+    dataset: Dataset[object], limit: int | None = None, *, others: Sequence[str] = (BACKGROUND,)
+) -> Iterator[Subject]:
+    """Samples of a data set with a class of their own in them, read one at a time; the first class is the target.
 
     Args:
         dataset: from `open_dataset`.
         limit: the most samples to take, from the first; None is all.
         others: concepts that are told from the classes of the sample, after those.
 
+    Yields:
+        `Subject`.
+
     Raises:
-        ConceptMapsError: no sample shows a class.
+        ConceptMapsError: no sample shows a class, or as `Dataset.read`.
     """
-    found: list[Subject] = []
+    count = 0
     for name in dataset.names():
-        if limit is not None and len(found) >= limit:
-            break
+        if count == limit:
+            return
         subject = _of_sample(dataset.read(name), others)
-        found += [] if subject is None else [subject]
-    if not found:
+        if subject is not None:
+            count += 1
+            yield subject
+    if not count:
         raise ConceptMapsError(f"no sample of {dataset.name} shows a class but the background; use another part of it")
-    return found
 
 
 def _of_sample(sample: Sample, others: Sequence[str]) -> Subject | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ _TOLD = {"image": "cross only", "concepts": "self only", "both": "both", "none":
 _Values = dict[tuple[str, str, str, str], list[float]]
 
 
-def run(pipe: Any, subjects: Sequence[Subject], settings: Settings) -> Findings:
+def run(pipe: Any, subjects: Iterable[Subject], settings: Settings) -> Findings:
     """Segment every clip with every choice; means over clips, with 95% bootstrap intervals.
 
     Raises:
@@ -103,7 +103,7 @@ def _picture(rows: Sequence[Sequence[Any]], settings: Settings) -> Any:
                 at = np.array([settings_of.index(row[1]) for row in found]) + 0.2 * (place - 1.5)
                 middle, low, high = (np.array([row[column] for row in found]) for column in (5, 6, 7))
                 if concept == "target":
-                    axes.bar(at, middle, 0.18, label=metric.replace("_", " "), **style)
+                    axes.bar(at, middle, 0.18, label=metric.replace("_", " ").replace("iou", "IoU"), **style)
                     axes.errorbar(at, middle, [middle - low, high - middle], fmt="none", color="black", capsize=2)
                 else:
                     label = "wrong concept" if place == 0 else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -93,7 +93,7 @@ def read_eigenvalues(pipe: Any, subject: Subject, settings: Settings) -> _Spectr
     return _Spectrum(*(column.unflatten(0, (-1, depth(pipe))) for column in columns))
 
 
-def run(pipe: Any, subjects: Sequence[Subject], settings: Settings) -> Findings:
+def run(pipe: Any, subjects: Iterable[Subject], settings: Settings) -> Findings:
     """Read the eigenvalues, and set them beside the scores of the heads (or of the layers, for their mean)."""
     kept = ("layer", "head") if settings.matrix == "head" else ("layer",)
     spectra, scores = [], []
@@ -119,7 +119,7 @@ def run(pipe: Any, subjects: Sequence[Subject], settings: Settings) -> Findings:
             ("matrix", "tokens", *CORRELATION), [[settings.matrix, settings.tokens, *correlation]]
         ),
     }
-    return Findings(tables, {"eigenvalues": _picture(modulus, score, settings, len(subjects))}, summary)
+    return Findings(tables, {"eigenvalues": _picture(modulus, score, settings, len(spectra))}, summary)
 
 
 def _rows(spectrum: _Spectrum, scored: Scored, settings: Settings) -> Iterator[list[Any]]:

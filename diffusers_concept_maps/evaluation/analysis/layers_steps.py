@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from diffusers_concept_maps.evaluation.analysis._base import SCORES, Analysis, Findings, Settings, Table, each, mean
@@ -11,7 +11,7 @@ from diffusers_concept_maps.evaluation.analysis._scores import COLUMNS, score_de
 from diffusers_concept_maps.evaluation.analysis._subjects import Subject
 
 
-def run(pipe: Any, subjects: Sequence[Subject], settings: Settings) -> Findings:
+def run(pipe: Any, subjects: Iterable[Subject], settings: Settings) -> Findings:
     """Score the maps of every layer at every noise level, heads joined."""
     scored = stack(
         [score_detail(settings.read(pipe, s, detail=("layer", "step")), s, settings) for s in each(subjects)]
@@ -26,7 +26,7 @@ def run(pipe: Any, subjects: Sequence[Subject], settings: Settings) -> Findings:
         mean(scored.target),
         ("layer", [str(layer) for layer in range(layers)]),
         ("noise level (fraction of the training schedule)", [f"{level:g}" for level in settings.noise_levels]),
-        f"{settings.method.replace('_', ' ')} by layer and noise level, {len(subjects)} clips",
+        f"{settings.method.replace('_', ' ')} by layer and noise level, {len(scored.target)} clips",
         SCORES[settings.score],
     )
     named = ("layer", "noise_level")

@@ -6,7 +6,7 @@ that holds for a model is what this shows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ class WatchedHeads(HeadSelection):
         return mean(seen.unflatten(0, (-1, layers)))
 
 
-def run(pipe: Any, subjects: Sequence[Subject], settings: Settings) -> Findings:
+def run(pipe: Any, subjects: Iterable[Subject], settings: Settings) -> Findings:
     """Correlate the Calinski-Harabasz index with the score, over heads and over clips."""
     scores, indices = [], []
     for subject in each(subjects):
