@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from backbones._case import Case, find_cases
+from backbones._case import find_cases
 
 import diffusers_concept_maps as dcm
 from diffusers_concept_maps.backbones import find_backbone
