@@ -48,7 +48,9 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize(("kind", "size", "fps"), [("mp4", (34, 46), 5), ("gif", (33, 46), 4), ("png", (33, 46), None)])
+@pytest.mark.parametrize(
+    ("kind", "size", "fps"), [("mp4", (34, 46), 5), ("gif", (33, 46), 4), ("png", (33, 46), None)]
+)
 def test_what_is_written(kind: str, size: tuple[int, int], fps: int | None, tmp_path: Path) -> None:
     """MP4 has an even number of rows and columns."""
     file, out = make_file(tmp_path, kind), tmp_path / "out"

@@ -385,7 +385,9 @@ def test_mistakes(options: dict[str, Any], message: str) -> None:
 
 
 def test_what_is_no_pipeline_with_a_vae(pipe: CogVideoXPipeline) -> None:
-    with pytest.raises(dcm.ConceptMapsValueError, match="CogVideoXTransformer3DModel has no vae; expected a diffusers"):
+    with pytest.raises(
+        dcm.ConceptMapsValueError, match="CogVideoXTransformer3DModel has no vae; expected a diffusers"
+    ):
         encode(pipe.transformer, clip_of(), CONCEPTS)
     pipe.vae = None
     with pytest.raises(dcm.ConceptMapsValueError, match="CogVideoXPipeline has no vae; expected a diffusers pipeline"):
