@@ -21,11 +21,15 @@ METHODS = ("concept_attention", "cross_attention", "gramcol", "imap")
 
 
 def main() -> None:
-    """The command's own contact sheet, and one sheet for each method from a run with the same prompt and seed."""
+    """The commands' own contact sheets, and one sheet for each method from a run with the same prompt and seed."""
     IMAGES.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        cli.main(["generate", "--out", folder])
-        shutil.copyfile(Path(folder) / "contact_sheet.png", IMAGES / "contact_sheet.png")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        cli.main(["generate", "--out", name])
+        shutil.copyfile(folder / "contact_sheet.png", IMAGES / "contact_sheet.png")
+        options = ["--concepts", *generate.DEFAULT_CONCEPTS, "--prompt", generate.DEFAULT_PROMPT]
+        cli.main(["encode", str(folder / "video.mp4"), *options, "--out", str(folder / "encoded")])
+        shutil.copyfile(folder / "encoded" / "contact_sheet.png", IMAGES / "encode.png")
     pipe = dcm.load_shapes_pipeline()
     with dcm.trace(pipe, generate.DEFAULT_CONCEPTS, methods=METHODS) as maps:
         frames = pipe(

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import re
 import runpy
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
+
+from diffusers_concept_maps import cli
+from diffusers_concept_maps.commands import generate
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -30,3 +35,27 @@ def test_the_readme_shows_the_contact_sheet_of_the_command() -> None:
 def test_the_page_of_the_backbones_is_what_they_declare() -> None:
     make = runpy.run_path(str(ROOT / "docs" / "make_backbones.py"))
     assert (ROOT / "docs" / "backbones.md").read_text(encoding="utf-8") == make["page"](), "run docs/make_backbones.py"
+
+
+def test_the_page_of_encoding_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "encode.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for language, source in re.findall(r"^```(\w+)\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        if language == "bash":
+            for line in source.splitlines():
+                assert cli.main(shlex.split(line)[1:]) == 0
+        else:
+            exec(source, names)
+    assert {path.name for path in tmp_path.iterdir()} == {"demo", "encoded", "red.mp4"}
+    assert generate.DEFAULT_PROMPT in page
+    maps = names["maps"]
+    assert maps.detail().shape == (4, 1, 2, *maps.get().shape[2:])
+    assert maps.metadata["seeds"] == [7, 8]
+    assert f'# "{maps.fit.describe()}"' in page
+    assert str(maps.metadata["source"]).replace("'", '"') in page
+    with (
+        Image.open(ROOT / "docs" / "images" / "encode.png") as documented,
+        Image.open("encoded/contact_sheet.png") as made,
+    ):
+        assert documented.size == made.size
