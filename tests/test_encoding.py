@@ -63,7 +63,7 @@ def by_hand(
     """Maps of one forward pass of the bare transformer; the clip is of a size that the model takes."""
     frames, _, height, width = clip.shape
     dtype = pipe.transformer.dtype
-    pixels = (clip * 2 - 1).transpose(0, 1)[None].to(dtype)
+    pixels = (clip * 2 - 1).transpose(0, 1)[None].to(pipe.vae.dtype)
     clean = (pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor).double()
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed)).double()
     step = round(1000 * level) - 1
@@ -181,6 +181,13 @@ def test_half_precision(dtype: torch.dtype) -> None:
     pipe, clip = shared(dtype=dtype), clip_of()
     maps = encode(pipe, clip, CONCEPTS, noise_level=(0.3, 0.6), prompt=PROMPT, methods=METHODS)
     expect(maps, [by_hand(pipe, clip, level, methods=METHODS) for level in (0.3, 0.6)])
+
+
+def test_a_vae_of_another_precision(pipe: CogVideoXPipeline) -> None:
+    clip = clip_of()
+    for name in ("transformer", "text_encoder"):
+        getattr(pipe, name).to(torch.bfloat16)
+    expect(encode(pipe, clip, CONCEPTS, prompt=PROMPT, methods=METHODS), [by_hand(pipe, clip, 0.5, methods=METHODS)])
 
 
 @pytest.mark.parametrize(
