@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from inspect import signature
-from inspect import signature
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
