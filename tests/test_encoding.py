@@ -1,10 +1,7 @@
-"""Maps of real clips are those of a bare transformer over latents noised by hand, and the pipeline stays as it is."""
+"""Maps of real clips are those of a bare transformer over latents that are noised by hand."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import pytest
@@ -12,6 +9,7 @@ import torch
 from backbones import tiny_cogvideox as tiny
 from backbones._oracle import kept_state
 from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline
+from encoded import CONCEPTS, METHODS, PROMPT, by_hand, clip_of, expect, shared, text_of
 
 import diffusers_concept_maps as dcm
 from diffusers_concept_maps import fitting
@@ -19,91 +17,10 @@ from diffusers_concept_maps.encoding import encode
 from diffusers_concept_maps.fitting import fit_clip
 from diffusers_concept_maps.upsample import upsample_map
 
-CONCEPTS = ("dog", "running", "sky")
-METHODS = ("concept_attention", "cross_attention", "gramcol", "imap")
-PROMPT = "a red dog running on the beach"
-SPREAD = (1e-5, 1e-5)
-"""Absolute and relative difference that float32 may make."""
-
-
-def clip_of(frames: int = 9, height: int = 48, width: int = 80) -> torch.Tensor:
-    """Noise and a shade, `[frame, 3, height, width]` in 0..1."""
-    noise = torch.rand(frames, 3, height, width, generator=torch.Generator().manual_seed(frames))
-    return 0.5 * noise + 0.5 * torch.linspace(0, 1, width)
-
-
-@cache
-def shared(rope: bool = True, dtype: torch.dtype = torch.float32) -> CogVideoXPipeline:
-    """A pipeline that tests leave as it is."""
-    return tiny.make_pipeline(rope=rope, dtype=dtype)
-
 
 @pytest.fixture
 def pipe() -> CogVideoXPipeline:
     return tiny.make_pipeline()
-
-
-def kept(scheduler: Any) -> torch.Tensor:
-    """The cumulative product of each of 1000 training steps, in float64 from the config alone."""
-    config = scheduler.config
-    roots = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, 1000, dtype=torch.float64)
-    product = (1 - roots.square()).cumprod(0)
-    assert config.beta_schedule == "scaled_linear"
-    product = product / (config.snr_shift_scale + (1 - config.snr_shift_scale) * product)
-    if config.rescale_betas_zero_snr:
-        root = product.sqrt()
-        product = ((root - root[-1]) * root[0] / (root[0] - root[-1])).square()
-    return product
-
-
-@torch.no_grad()
-def by_hand(
-    pipe: CogVideoXPipeline, clip: torch.Tensor, level: float, seed: int = 0, prompt: str = PROMPT, **options: Any
-) -> dcm.ConceptMaps:
-    """Maps of one forward pass of the bare transformer; the clip is of a size that the model takes."""
-    frames, _, height, width = clip.shape
-    dtype = pipe.transformer.dtype
-    pixels = (clip * 2 - 1).transpose(0, 1)[None].to(pipe.vae.dtype)
-    clean = (pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor).double()
-    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed)).double()
-    step = round(1000 * level) - 1
-    signal = kept(pipe.scheduler)[step]
-    noised = signal.sqrt() * clean + (1 - signal).sqrt() * noise
-    rotary = None
-    if pipe.transformer.config.use_rotary_positional_embeddings:
-        rotary = pipe._prepare_rotary_positional_embeddings(height, width, (frames - 1) // 4 + 1, "cpu")
-    if "prompt_tokens" not in options:
-        options = {"concepts": list(CONCEPTS), "concept_embeds": embeds_of(pipe, CONCEPTS)} | options
-    with dcm.trace(pipe.transformer, **options) as maps:
-        pipe.transformer(
-            hidden_states=noised.transpose(1, 2).to(dtype),
-            encoder_hidden_states=text_of(pipe, [prompt]),
-            timestep=torch.tensor([step]),
-            image_rotary_emb=rotary,
-        )
-    return maps
-
-
-def text_of(pipe: CogVideoXPipeline, texts: Sequence[str]) -> torch.Tensor:
-    tokens = pipe.tokenizer(
-        list(texts), padding="max_length", max_length=tiny.TEXT_LENGTH, truncation=True, return_tensors="pt"
-    )
-    return pipe.text_encoder(tokens.input_ids)[0]
-
-
-def embeds_of(pipe: CogVideoXPipeline, concepts: Sequence[str]) -> torch.Tensor:
-    """The mean over the words of each concept, its end mark and padding left out."""
-    states = text_of(pipe, concepts).float()
-    return torch.stack([state[: len(text.split())].mean(0) for state, text in zip(states, concepts, strict=True)])
-
-
-def expect(maps: dcm.ConceptMaps, expected: Sequence[dcm.ConceptMaps]) -> None:
-    """Every method's maps are the mean of the expected ones."""
-    assert {maps.methods} == {other.methods for other in expected}
-    for method in maps.methods:
-        mean = torch.stack([other.get(method).double() for other in expected]).mean(0)
-        torch.testing.assert_close(maps.get(method).double(), mean, atol=SPREAD[0], rtol=SPREAD[1])
-        assert mean.std() > 1e-3
 
 
 @pytest.mark.parametrize("rope", [True, False])
@@ -242,126 +159,6 @@ def test_the_noise_is_seeded() -> None:
     first, again, other = (encode(pipe, clip, CONCEPTS, seed=seed).get() for seed in (3, 3, 4))
     assert torch.equal(first, again)
     assert not torch.allclose(first, other, atol=1e-3)
-
-
-def test_work_is_done_once_and_nothing_is_decoded(pipe: CogVideoXPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: Counter[str] = Counter()
-    parts = {"transformer": pipe.transformer, "text": pipe.text_encoder, "vae": pipe.vae.encoder}
-    parts |= {f"block {i}": block for i, block in enumerate(pipe.transformer.transformer_blocks)}
-    for name, module in parts.items():
-        module.register_forward_pre_hook(lambda *args, name=name: calls.update([name]))
-
-    def decode(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("decoded")
-
-    monkeypatch.setattr(pipe.vae, "decode", decode)
-    once = {"text": 2, "transformer": 1, "block 0": 1, "block 1": 1}  # the concepts, and the caption
-    clip = clip_of()
-    encode(pipe, clip, CONCEPTS, prompt=PROMPT, layers=[1])
-    vae = calls.pop("vae")
-    assert calls == once
-    calls.clear()
-    encode(pipe, clip, CONCEPTS, prompt=PROMPT, layers=[0, 1], noise_level=(0.2, 0.4, 0.6), num_samples=2)
-    assert calls.pop("vae") == vae
-    assert calls == {name: number if name == "text" else 6 * number for name, number in once.items()}
-
-
-class Untouched:
-    """What a pipeline holds and makes, to compare with what it was."""
-
-    def __init__(self, pipe: CogVideoXPipeline) -> None:
-        self.pipe = pipe
-        self.generated = tiny.call(pipe)
-        self.before = self.state()
-
-    def state(self) -> list[Any]:
-        pipe = self.pipe
-        models = [kept_state(module) for module in (pipe.transformer, pipe.vae, pipe.text_encoder)]
-        return [*models, dict(pipe.__dict__), dict(pipe.scheduler.__dict__), torch.get_rng_state().tolist()]
-
-    def check(self) -> None:
-        after = self.state()
-        assert after[:3] == self.before[:3]
-        for now, then in zip(after[3:5], self.before[3:5], strict=True):
-            assert now.keys() == then.keys()
-            assert [name for name in then if now[name] is not then[name]] == []
-        assert after[5] == self.before[5]
-        assert torch.equal(tiny.call(self.pipe), self.generated)
-
-
-@pytest.mark.parametrize("target", ["concepts", "prompt"])
-def test_the_pipeline_stays_as_it_is(pipe: CogVideoXPipeline, target: str) -> None:
-    untouched = Untouched(pipe)
-    methods = ("cross_attention", "gramcol")
-    encode(pipe, clip_of(), ["dog"], prompt=PROMPT, noise_level=(0.2, 0.9), target=target, methods=methods)
-    untouched.check()
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("where", ["vae.encoder", "transformer", "transformer.transformer_blocks.1", "text_encoder"])
-def test_the_pipeline_stays_as_it_is_whatever_fails(
-    pipe: CogVideoXPipeline, where: str, error: type[BaseException]
-) -> None:
-    untouched = Untouched(pipe)
-    name, _, path = where.partition(".")
-    module, calls = getattr(pipe, name).get_submodule(path), Counter[str]()
-
-    def fail(*args: Any) -> None:
-        calls.update(["call"])
-        if calls["call"] == (1 if name == "vae" else 2):  # of the text encoder, the one that encodes the caption
-            raise error("stop")
-
-    hook = module.register_forward_pre_hook(fail)
-    with pytest.raises(error, match="stop"):
-        encode(pipe, clip_of(), CONCEPTS, prompt=PROMPT, noise_level=(0.2, 0.4))
-    hook.remove()
-    untouched.check()
-    assert torch.equal(
-        encode(pipe, clip_of(), CONCEPTS, prompt=PROMPT).get(),
-        encode(shared(), clip_of(), CONCEPTS, prompt=PROMPT).get(),
-    )
-
-
-def test_a_capture_that_is_open_is_not_disturbed(pipe: CogVideoXPipeline) -> None:
-    with dcm.trace(pipe, CONCEPTS) as maps:
-        with pytest.raises(dcm.ConceptMapsError, match="is being traced already"):
-            encode(pipe, clip_of(), CONCEPTS)
-        tiny.call(pipe)
-    with dcm.trace(pipe, CONCEPTS) as expected:
-        tiny.call(pipe)
-    assert torch.equal(maps.get(), expected.get())
-
-
-def test_a_pipeline_that_returns_maps(pipe: CogVideoXPipeline) -> None:
-    maps = encode(dcm.with_concept_maps(pipe), clip_of(), CONCEPTS, prompt=PROMPT)
-    assert torch.equal(maps.get(), encode(shared(), clip_of(), CONCEPTS, prompt=PROMPT).get())
-
-
-@pytest.mark.parametrize("where", ["transformer", "blocks"])
-def test_compiled(pipe: CogVideoXPipeline, where: str) -> None:
-    """Graphs go on behind the deepest layer, and those that were compiled for generation do not hide the clip."""
-    torch._dynamo.reset()
-    for module in [pipe.transformer] if where == "transformer" else pipe.transformer.transformer_blocks:
-        module.compile(fullgraph=True, backend="eager")
-    untouched = Untouched(pipe)
-    levels = tuple(number / 10 for number in range(1, 11))  # more than graphs of one function may be
-    for options in ({"seed": 0}, {"seed": 1, "layers": [1]}, {"noise_level": levels}):
-        maps, expected = (encode(p, clip_of(), CONCEPTS, prompt=PROMPT, **options) for p in (pipe, shared()))
-        torch.testing.assert_close(maps.get(), expected.get(), atol=1e-6, rtol=1e-5)
-    untouched.check()
-
-
-@pytest.mark.parametrize("how", ["models", "groups"])
-def test_offload(pipe: CogVideoXPipeline, how: str) -> None:
-    if how == "models":
-        pipe.enable_model_cpu_offload(device="cpu")
-    else:
-        for module in (pipe.transformer, pipe.vae):
-            module.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level")
-    for layers in ([1], None):
-        maps, expected = (encode(p, clip_of(), CONCEPTS, prompt=PROMPT, layers=layers) for p in (pipe, shared()))
-        assert torch.equal(maps.get(), expected.get())
-        assert torch.equal(tiny.call(pipe), tiny.call(shared()))
 
 
 @pytest.mark.parametrize(
