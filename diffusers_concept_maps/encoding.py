@@ -112,11 +112,14 @@ def fit_to(
         `[frame, 3, height, width]` in 0..1, and how it was fitted.
     """
     shape = single.backbone.clip_shape(single.pipe)
+    longest = shape.frames if num_frames is None else num_frames
+    clip = read_frames(image_or_video, max_frames=longest)  # a film does not fit into memory
     return fit_clip(
-        read_frames(image_or_video).frames,
+        clip.frames,
         area=shape.area,
         multiple=shape.multiple,
         frame_step=shape.frame_step,
-        max_frames=shape.frames if num_frames is None else num_frames,
+        max_frames=longest,
         size=size,
+        total=clip.total,
     )

@@ -97,6 +97,7 @@ def fit_clip(
     frame_offset: int = 1,
     max_frames: int | None = None,
     size: tuple[int, int] | None = None,
+    total: int | None = None,
 ) -> tuple[torch.Tensor, Fit]:
     """Scale, cut and pad a clip to what a model takes.
 
@@ -112,6 +113,8 @@ def fit_clip(
         frame_offset: see `frame_step`; 0 if the number is a multiple.
         max_frames: how many frames a model takes at most; None is any number.
         size: `(height, width)` in pixels to scale to whatever the aspect ratio, enlarging too; in place of `area`.
+        total: number of frames of the clip where `frames` are only its first, such as `Clip.total`; no fewer than
+            `max_frames` are to be handed over then.
 
     Returns:
         The frames `[model_frame, 3, model_height, model_width]`, and how they were fitted.
@@ -130,7 +133,7 @@ def fit_clip(
             f"multiple is {multiple}, frame_step {frame_step} and frame_offset {frame_offset}; expected at least 1, 1 "
             f"and 0"
         )
-    source = (frames.shape[0], frames.shape[2], frames.shape[3])
+    source = (frames.shape[0] if total is None else total, frames.shape[2], frames.shape[3])
     target = _checked(size, rows, columns) if size else _size_near(source[1], source[2], area, rows, columns)
     length = _length(source[0], frame_step, frame_offset, max_frames)
     used = frames[:length]

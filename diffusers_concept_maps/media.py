@@ -43,11 +43,13 @@ class Clip:
         frames: float32 CPU tensor `[frame, 3, height, width]`, RGB in 0..1.
         fps: frames per second; None where the source does not say. Where frames last differently, their mean.
         is_image: whether the source is a picture rather than a video, which may have a single frame as well.
+        total: number of frames of the source, of which these are the first.
     """
 
     frames: torch.Tensor
     fps: float | None
     is_image: bool
+    total: int
 
 
 def read_frames(source: Any, *, max_frames: int | None = None) -> Clip:
@@ -78,9 +80,9 @@ def read_frames(source: Any, *, max_frames: int | None = None) -> Clip:
     from PIL import Image
 
     if isinstance(source, Image.Image):
-        return Clip(_stack([_pixels(source)]), None, is_image=True)
+        return Clip(_stack([_pixels(source)]), None, is_image=True, total=1)
     if isinstance(source, Sequence) and source and all(isinstance(picture, Image.Image) for picture in source):
-        return Clip(_stack(map(_pixels, source[:max_frames])), None, is_image=False)
+        return Clip(_stack(map(_pixels, source[:max_frames])), None, is_image=False, total=len(source))
     raise ConceptMapsValueError(
         f"frames are {type(source).__name__}{' without an item' if source == [] else ''}; expected the path of a "
         f"picture, a video or a folder of pictures, PIL images, an array [frame, height, width, 3] or a tensor "
@@ -92,27 +94,32 @@ def _from_path(path: Path, max_frames: int | None) -> Clip:
     if not path.exists():
         raise ConceptMapsValueError(f"there is no file {str(path)!r}; expected a picture, a video or a folder")
     if path.is_dir():
-        return Clip(_stack(islice(_folder(path), max_frames)), None, is_image=False)
+        files = _folder(path)
+        return Clip(_stack(map(_only_picture, files[:max_frames])), None, is_image=False, total=len(files))
     return _picture_file(path, max_frames) or _video_file(path, max_frames)
 
 
-def _folder(path: Path) -> Iterator[np.ndarray]:
-    """The pictures of a folder; other files, and hidden ones, are passed over."""
+def _folder(path: Path) -> list[Path]:
+    """The pictures of a folder in natural order; other files, and hidden ones, are passed over."""
     from PIL import Image
 
     suffixes = Image.registered_extensions()
     files = [file for file in path.iterdir() if file.suffix.lower() in suffixes and not file.name.startswith(".")]
     if not files:
         raise ConceptMapsValueError(f"the folder {str(path)!r} holds no picture; expected one file per frame")
-    for file in sorted(files, key=_natural):
-        clip = _picture_file(file, 2)
-        if clip is None:
-            raise ConceptMapsError(f"{str(file)!r} is no picture, as its name says; remove or replace it")
-        if not clip.is_image:
-            raise ConceptMapsValueError(
-                f"{str(file)!r} holds several frames; expected a folder of single pictures, or read that file alone"
-            )
-        yield clip.frames[0].permute(1, 2, 0).numpy()
+    return sorted(files, key=_natural)
+
+
+def _only_picture(path: Path) -> np.ndarray:
+    """The picture `[height, width, 3]` of a file that has one."""
+    clip = _picture_file(path, 2)
+    if clip is None:
+        raise ConceptMapsError(f"{str(path)!r} is no picture, as its name says; remove or replace it")
+    if not clip.is_image:
+        raise ConceptMapsValueError(
+            f"{str(path)!r} holds several frames; expected a folder of single pictures, or read that file alone"
+        )
+    return clip.frames[0].permute(1, 2, 0).numpy()
 
 
 def _natural(path: Path) -> tuple[list[tuple[int, str]], str]:
@@ -139,7 +146,8 @@ def _picture_file(path: Path, max_frames: int | None) -> Clip | None:
         raise ConceptMapsError(f"cannot read the picture {str(path)!r}: {error}") from error
     durations = [picture.info.get("duration", 0) for picture in pictures]  # in milliseconds
     fps = 1000 * len(pictures) / sum(durations) if all(durations) else None
-    return Clip(_stack(map(_pixels, pictures)), fps if count > 1 else None, is_image=count == 1)
+    total = max(count - first, 1)
+    return Clip(_stack(map(_pixels, pictures)), fps if count > 1 else None, is_image=count == 1, total=total)
 
 
 def _pixels(picture: Image.Image) -> np.ndarray:
@@ -185,7 +193,17 @@ def _video_file(path: Path, max_frames: int | None) -> Clip:
             f"{str(path)!r} is damaged ({errors[0]}): {len(frames)} frames could be read. If some are missing, encode "
             f"it anew."
         )
-    return Clip(_stack(frames), _frames_per_second(said), is_image=False)
+    total = len(frames) if len(frames) != max_frames else _count_frames(path, len(frames))
+    return Clip(_stack(frames), _frames_per_second(said), is_image=False, total=total)
+
+
+def _count_frames(path: Path, least: int) -> int:
+    """Number of frames of a video, at least those that were read; none of them is decoded for it."""
+    try:
+        count, _ = require("imageio_ffmpeg").count_frames_and_secs(f"file:{path.absolute()}")
+    except RuntimeError:  # it cannot tell
+        return least
+    return max(int(count), least)
 
 
 def _netpbm(stream: IO[bytes]) -> Iterator[np.ndarray]:
@@ -231,17 +249,18 @@ def _from_array(source: np.ndarray | torch.Tensor, max_frames: int | None) -> Cl
             f"frames are {kind} of shape {tuple(source.shape)}; expected {place}, or one frame of it (arrays have "
             f"their channels last, tensors first), with at least one frame and pixel"
         )
+    total = 1 if is_image else len(source)
     frames = _native(source[None] if is_image else source[:max_frames])
     frames = frames.permute(0, 3, 1, 2) if last else frames
     if frames.dtype == torch.uint8:
-        return Clip(frames.float().div_(255).contiguous(), None, is_image)
+        return Clip(frames.float().div_(255).contiguous(), None, is_image, total)
     low, high = float(frames.min()), float(frames.max())  # not a number, if one is
     if not (low >= 0 and high <= 1):
         raise ConceptMapsValueError(
             f"frames are {str(source.dtype).removeprefix('torch.')} from {low:.3g} to {high:.3g}; expected uint8, or "
             f"floats in 0..1 as pipelines return them (latents are no frames)"
         )
-    return Clip(frames.float().contiguous(), None, is_image)
+    return Clip(frames.float().contiguous(), None, is_image, total)
 
 
 def _native(source: np.ndarray | torch.Tensor) -> torch.Tensor:
