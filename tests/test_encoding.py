@@ -9,6 +9,7 @@ import torch
 from backbones import tiny_cogvideox as tiny
 from backbones._oracle import kept_state
 from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline
+from diffusers.hooks import HookRegistry
 from encoded import CONCEPTS, METHODS, PROMPT, by_hand, clip_of, expect, shared, text_of
 
 import diffusers_concept_maps as dcm
@@ -181,6 +182,7 @@ def test_the_noise_is_seeded() -> None:
 )
 def test_mistakes(options: dict[str, Any], message: str) -> None:
     pipe = shared()
+    HookRegistry.check_if_exists_or_initialize(pipe.transformer)  # as the first run of a stock pipeline leaves it
     before = kept_state(pipe.transformer)
     arguments = {"image_or_video": clip_of(), "concepts": CONCEPTS} | options
     with pytest.raises(dcm.ConceptMapsValueError, match=message):
