@@ -29,6 +29,7 @@ class Place:
         starts_run: this is the first forward pass of a run.
         rows: number of videos of the run.
         branch: the guidance branch that it is, where each has a forward pass of its own; None where they share one.
+            "further" is a pass beside a shared one, for guidance that is not classifier-free (LTX-2).
     """
 
     step: int
@@ -38,7 +39,7 @@ class Place:
     branch: str | None = None
 
     def branches(self, batch: int) -> Mapping[str, slice]:
-        """Rows of a batch per guidance branch, "cond" and "uncond" or one of them.
+        """Rows of a batch per guidance branch, "cond" and "uncond", or one branch.
 
         Batched guidance puts the unconditional half first; once guidance is off, or a cache leaves that half out,
         there is none.
@@ -110,7 +111,7 @@ class RunTracker:
         if mark is None or self._has_other_rows():
             return None
         if mark == self._mark:
-            return self._further_pass()
+            return self._further_pass(batch)
         self._mark, self._current, self._passes = mark, own, 1
         schedule = self._pipe.scheduler.timesteps
         starts_run = schedule is not self._schedule
@@ -149,10 +150,10 @@ class RunTracker:
         """What the pipeline writes its timestep into; what its timesteps are taken from, if it does not."""
         return getattr(self._pipe, "_current_timestep", None) if self._writes else self._pipe.scheduler.timesteps
 
-    def _further_pass(self) -> Place | None:
-        """Another pass in the same step: of guidance in two passes, or of somebody else."""
+    def _further_pass(self, batch: int) -> Place | None:
+        """Another pass in the same step: of guidance in two passes, of further guidance, or of somebody else."""
         if self._backbone.batched_guidance:
-            return None
+            return self._place(starts_run=False, branch="further") if batch == self._rows else None
         self._passes += 1
         if self._passes > 2 and 0 < self._step == int(self._pipe.num_timesteps) - 1:
             return None  # no step before had a third one, and the run may have ended: this is somebody else's

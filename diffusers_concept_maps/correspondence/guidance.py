@@ -1,8 +1,8 @@
 """Cross-attention guidance (DiffTrack, arXiv 2506.17220): away from frames that do not look at one another.
 
 Beside the model's own prediction, one is made in which, at some layers, image tokens attend to no other frame. The
-difference between the two, times a scale, is added to the conditional and the unconditional prediction alike, so that
-it goes through any guidance of the pipeline unchanged: `u + g (c - u)` becomes the same plus the difference.
+difference between the two, times a scale, is added to every prediction of the step alike, conditional or not, so that
+it goes through the pipeline's own guidance unchanged: `u + g (c - u)` becomes the same plus the difference.
 
 The model's own calls stay as they are. The second prediction starts from the states that these had in front of the
 first guided layer, and from the conditional rows alone.
@@ -59,7 +59,7 @@ class _Guide(PassListener[Pass]):
     def __init__(
         self, settings: _Settings, backbone: Backbone, sites: Mapping[nn.Module, list[Site]], pipe: Any
     ) -> None:
-        super().__init__(backbone, sites, pipe, layers=settings.layers, branches=("cond", "uncond"))
+        super().__init__(backbone, sites, pipe, layers=settings.layers, branches=("cond", "uncond", "further"))
         self.perturbed: Pass | None = None
         self._settings = settings
 
@@ -221,7 +221,7 @@ class _Guidance(Attachment):
         self._guide = guide
         self._sites = sites
         self._states: dict[type, Any] = {}  # what the last block of each class in front of the guided layers returned
-        self._delta: tuple[int, torch.Tensor] | None = None  # of the conditional pass of a step, for the other one
+        self._delta: tuple[int, torch.Tensor] | None = None  # of the conditional pass of a step, for its others
         super().__init__(guide, backbone, sites, deepest=max(settings.layers))
         for own in sites.values():
             last = {type(site.block): site.block for site in own[: min(settings.layers)]}
@@ -243,7 +243,7 @@ class _Guidance(Attachment):
             delta = self._difference(transformer, current, call, states, sample)
             self._delta = current.step, delta
         elif self._delta is not None and self._delta[0] == current.step:
-            delta, self._delta = self._delta[1], None
+            delta = self._delta[1]
         else:
             raise ConceptMapsError(
                 f"step {current.step} has an unconditional pass without a conditional one before it; guidance needs "
