@@ -111,6 +111,7 @@ def track(
         layers = (layers,)
     given = {"layers": layers, "heads": heads, "noise_level": noise_level, "add_noise": add_noise, "parity": parity}
     given |= {"chunk": chunk, "stride": stride, "interleave": interleave, "seed": seed}
+    given["visibility_tokens"] = visibility_tokens
     settings = _check(single, given, MatchOptions("both" if parity else direction, parity or readout, radius))
     shape = single.backbone.clip_shape(single.pipe)
     fitted, fit = fit_clip(frames, area=shape.area, multiple=shape.multiple, size=size)
@@ -242,7 +243,12 @@ def _check_points(points: Any, frames: torch.Tensor) -> torch.Tensor:
     Raises:
         ConceptMapsValueError: another shape, no number, or a place outside of the video.
     """
-    queries = torch.as_tensor(points, dtype=torch.float32)
+    try:
+        queries = torch.as_tensor(points, dtype=torch.float32).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConceptMapsValueError(
+            f"points are no table of numbers ({error}); expected [point, 3], of which each is (frame, x, y)"
+        ) from error
     if queries.ndim != 2 or queries.shape[1] != 3 or not len(queries):
         raise ConceptMapsValueError(
             f"points have shape {tuple(queries.shape)}; expected [point, 3], of which each is (frame, x, y)"
@@ -285,6 +291,8 @@ def _check(single: SinglePass, given: Mapping[str, Any], options: MatchOptions) 
         chunk = max(latents // backbone.geometry(transformer)["latents_per_token"], 2)
     if chunk < 2:
         raise ConceptMapsValueError(f"chunk is {chunk}; expected at least 2 frames, that of the queries and another")
+    if not given["visibility_tokens"] >= 0:
+        raise ConceptMapsValueError(f"visibility_tokens is {given['visibility_tokens']}; expected 0 or more tokens")
     if stride is not None and (given["interleave"] or not 1 <= stride < chunk):
         raise ConceptMapsValueError(
             f"stride is {stride}; expected 1 to {chunk - 1} frames, and interleave=False, for passes that overlap"

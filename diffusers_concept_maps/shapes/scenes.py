@@ -51,6 +51,9 @@ class Scenes:
             still.
         count: `[n]` integers, 1 or 2.
         background: `[n]` integers into `BACKGROUNDS`.
+        center: `[n, 2, frame, 2]`, (x, y) of every object in pixels from the edge of the frame, 0.5 being the center
+            of the first.
+        radius: `[n, 2, frame]` in pixels; what is in an object moves with its center and scales with this.
     """
 
     video: torch.Tensor
@@ -62,6 +65,8 @@ class Scenes:
     start: np.ndarray
     count: np.ndarray
     background: np.ndarray
+    center: np.ndarray
+    radius: np.ndarray
 
     def __len__(self) -> int:
         return len(self.count)
@@ -83,7 +88,7 @@ def _joined(column: list[Any]) -> Any:
 
 @dataclass(frozen=True)
 class _Plan:
-    """A scene before it is drawn; arrays as in `Scenes`, plus `center [n, 2, frame, 2]` and `radius [n, 2, frame]`."""
+    """A scene before it is drawn; arrays as in `Scenes`."""
 
     color: np.ndarray
     shape: np.ndarray
@@ -264,4 +269,6 @@ def sample_scenes(
         start=plan.start,
         count=plan.count,
         background=plan.background,
+        center=plan.center,
+        radius=plan.radius,
     )

@@ -47,6 +47,12 @@ GUIDED_LAYERS, GUIDED_SCALES = ((1,), (2,), (3,), (1, 2, 3)), (1.0, 0.5, 2.0)
 
 GUIDED_REPEATS = 2
 """Clips of every prompt that are judged with guidance and without, each with other noise."""
+TRACKING_DEVELOPMENT_CLIPS, TRACKING_EVALUATION_CLIPS = 48, 128
+TRACKING_NOISE_LEVELS = (0.02, 0.1, 0.2, 0.4, 0.6)
+"""Noise levels at which points are matched, with and without the noise; the layers are all of them."""
+
+TRACKING_VISIBILITY = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+"""How far off, in tokens, the match of a match may be for a point to be visible; of the values that are compared."""
 
 WORDS_OF = {"color": tuple(COLORS), "shape": SHAPES, "motion": MOTIONS}
 """The words of every attribute, in the order in which `Scenes` counts them."""
