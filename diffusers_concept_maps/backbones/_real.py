@@ -79,6 +79,15 @@ class RealInput:
         known = inspect.signature(type(pipe).__call__).parameters
         return {name: value for name, value in wanted.items() if name in known}
 
+    def latent_frames(self, pipe: Any, least: int) -> int:
+        """How many latent frames the model takes where there are some number of them at least.
+
+        Args:
+            pipe: the pipeline.
+            least: the number.
+        """
+        return least
+
     def insert(self, pipe: Any, call: Mapping[str, Any], latents: torch.Tensor) -> dict[str, Any]:
         """Arguments of the transformer in which latents stand where the pipeline has put its noise.
 

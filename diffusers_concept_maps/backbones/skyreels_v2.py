@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from diffusers.models.transformers.transformer_skyreels_v2 import SkyReelsV2AttnProcessor
 
 from diffusers_concept_maps.backbones._base import Preset
+from diffusers_concept_maps.backbones._real import transformer_of
 from diffusers_concept_maps.backbones.wan import WanBackbone, WanConceptProcessor
 from diffusers_concept_maps.errors import ConceptMapsError
 
@@ -40,6 +41,11 @@ class SkyReelsV2Backbone(WanBackbone):
         # Diffusion forcing takes the clip whole, and all its frames at one level.
         forcing = {"base_num_frames": frames, "overlap_history": None, "ar_step": 0}
         return super().real_arguments(pipe, frames) | {name: forcing[name] for name in forcing if name in known}
+
+    def latent_frames(self, pipe: Any, least: int) -> int:
+        """See `RealInput.latent_frames`; with diffusion forcing they may come in blocks."""
+        block = int(transformer_of(pipe).config.num_frame_per_block)
+        return -(-least // block) * block
 
 
 class ConceptSkyReelsV2AttnProcessor(WanConceptProcessor, SkyReelsV2AttnProcessor):

@@ -26,7 +26,6 @@ from diffusers_concept_maps.noising import check_levels
 from diffusers_concept_maps.single_pass import SinglePass
 
 PARITIES = ("difftrack",)
-_ENCODED_AT_ONCE = 4  # frames
 
 
 @dataclass(frozen=True)
@@ -104,6 +103,8 @@ def track(
         >>> out = dcm.track(pipe, "dog.mp4", [(0, 120.0, 80.0)], layers=17)
         >>> out.tracks[0], out.visibility[0]
     """
+    if parity not in (None, *PARITIES):
+        raise ConceptMapsValueError(f"unknown parity {parity!r}; expected one of {', '.join(PARITIES)}")
     frames = read_frames(video).frames
     queries = _check_points(points, frames)
     single = SinglePass(pipe, prompt=prompt, call=call)
@@ -141,7 +142,8 @@ class _Tracker:
         self._settings = settings
         self._frames = frames
         self._source = source
-        self._latents = torch.cat([single.encode(part[:, :, None]) for part in frames.split(_ENCODED_AT_ONCE)])
+        # One at a time: not every VAE of the host takes several clips.
+        self._latents = torch.cat([single.encode(frame[None, :, None]) for frame in frames])
         self.token_size = 0.0
         """Pixels of the video that a token is wide or high, the mean of the two."""
 
@@ -200,6 +202,8 @@ class _Tracker:
         transformer = single.pipe.transformer
         repeats = single.backbone.geometry(transformer)["latents_per_token"]
         latents = self._latents[frames].transpose(0, 2).repeat_interleave(repeats, dim=2)  # one clip of latent frames
+        missing = single.backbone.latent_frames(single.pipe, latents.shape[2]) - latents.shape[2]
+        latents = torch.cat([latents, latents[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
         step = single.backbone.clip_shape(single.pipe).frame_step
         asked = (latents.shape[2] - 1) * step + 1
         clip = self._frames[frames[0]].expand(asked, -1, -1, -1)
@@ -272,8 +276,9 @@ def _check(single: SinglePass, given: Mapping[str, Any], options: MatchOptions) 
         ConceptMapsValueError: an argument is wrong.
     """
     backbone, transformer = single.backbone, single.pipe.transformer
-    if given["parity"] not in (None, *PARITIES):
-        raise ConceptMapsValueError(f"unknown parity {given['parity']!r}; expected one of {', '.join(PARITIES)}")
+    shape = backbone.clip_shape(single.pipe)
+    if shape.frames == 1:
+        raise ConceptMapsValueError(f"{type(transformer).__name__} makes images; expected a pipeline of a video model")
     preset = backbone.preset(transformer)
     layer, level = (None, 0.02) if preset is None or preset.matching is None else preset.matching
     chosen = given["layers"] if layer is None or given["layers"] is not None else (layer,)
@@ -284,7 +289,6 @@ def _check(single: SinglePass, given: Mapping[str, Any], options: MatchOptions) 
     layers = check_indices("layer", chosen, len(backbone.matching_sites(transformer)))
     heads = given["heads"]
     heads = None if heads is None else tuple(sorted(check_indices("head", heads, backbone.heads(transformer))))
-    shape = backbone.clip_shape(single.pipe)
     chunk, stride = given["chunk"], given["stride"]
     if chunk is None:
         latents = (shape.frames - 1) // shape.frame_step + 1
