@@ -35,7 +35,7 @@ def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
     maps = parser.add_argument_group("maps", "The defaults are those of dcm.encode.")
     maps.add_argument("--methods", nargs="+", default=["concept_attention"], metavar="METHOD")
     maps.add_argument("--layers", nargs="+", type=int, metavar="N")
-    maps.add_argument("--noise-level", nargs="+", type=float, default=[0.5], metavar="FRACTION")
+    maps.add_argument("--noise-level", nargs="+", type=float, metavar="FRACTION", help="default: 0.5")
     maps.add_argument("--num-samples", type=positive, default=1, metavar="N", help="draws of noise for each level")
     maps.add_argument("--seed", type=seed, default=0, help="of all samples' seeds; default: %(default)s")
     maps.add_argument("--size", nargs=2, type=positive, metavar=("HEIGHT", "WIDTH"), help="in pixels")
@@ -98,7 +98,7 @@ def _settings(options: argparse.Namespace) -> Any:
         layers=None if options.layers is None else tuple(options.layers),
         normalize=options.normalize,
         map_parity=options.map_parity,
-        noise_levels=tuple(options.noise_level),
+        noise_levels=tuple(options.noise_level or [0.5]),
         num_samples=options.num_samples,
         seed=options.seed,
         background=BACKGROUND_CONCEPTS if options.background is None else tuple(options.background),

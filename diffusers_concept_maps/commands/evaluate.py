@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffusers_concept_maps.commands._dataset import add_dataset_arguments, run_dataset
+from diffusers_concept_maps.commands._tap_vid import add_tap_vid_arguments, run_tap_vid
 from diffusers_concept_maps.errors import ConceptMapsValueError
+
+if TYPE_CHECKING:
+    from diffusers_concept_maps.shapes.suite.result import Result
 
 
 def register(commands: Any) -> None:
@@ -24,10 +28,14 @@ def register(commands: Any) -> None:
     what.add_argument(
         "--suite",
         choices=sorted(SUITES),
-        help="shapes: the gates of the embedded model; guidance: what cross-attention guidance changes in its clips",
+        help="of the embedded model; shapes: does it draw what it is told, and do its maps say where; guidance: what "
+        "cross-attention guidance changes in its clips; tracking: does it follow points",
     )
     what.add_argument(
         "--dataset", metavar="NAME", help="such as imagenet-segmentation, pascal-voc, mevis, vspw or davis-2017"
+    )
+    what.add_argument(
+        "--tap-vid", choices=["davis", "kinetics", "rgb-stacking"], help="score points followed through these videos"
     )
     parser.add_argument("--model", metavar="PATH_OR_HUB_ID", help="a diffusers pipeline; default: the embedded model")
     parser.add_argument(
@@ -36,6 +44,7 @@ def register(commands: Any) -> None:
         help="of these suites: compare scales of guidance instead, on noise of the development seed",
     )
     add_dataset_arguments(parser)
+    add_tap_vid_arguments(parser)
     parser.set_defaults(run=run)
 
 
@@ -48,36 +57,56 @@ def run(options: argparse.Namespace) -> int:
     if options.suite is not None:
         return SUITES[options.suite](options)
     if options.guidance:
-        raise ConceptMapsValueError("--guidance is there with --dataset; expected it with --suite shapes")
-    return run_dataset(options)
+        what = "--dataset" if options.tap_vid is None else "--tap-vid"
+        raise ConceptMapsValueError(f"--guidance is there with {what}; expected it with --suite shapes")
+    return run_dataset(options) if options.tap_vid is None else run_tap_vid(options)
 
 
 def _shapes(options: argparse.Namespace) -> int:
     """The gates of the embedded model, or of another with its parts."""
     from diffusers_concept_maps.shapes import suite
 
-    return _run(options, suite.evaluate, suite.compare_guidance)
+    pipe = _load(options)
+    return _compare(suite.compare_guidance(pipe)) if options.guidance else _print_results(suite.evaluate(pipe))
 
 
 def _guidance(options: argparse.Namespace) -> int:
     """What cross-attention guidance changes in the clips of the embedded model."""
     from diffusers_concept_maps.shapes.suite import guidance
 
-    return _run(options, guidance.evaluate, guidance.compare)
+    pipe = _load(options)
+    return _compare(guidance.compare(pipe)) if options.guidance else _print_results(guidance.evaluate(pipe))
 
 
-def _run(options: argparse.Namespace, evaluate: Callable[..., Any], compare: Callable[..., Any]) -> int:
-    """Print every result, or compare scales of guidance; the exit status is 1 where a gate is red."""
+def _tracking(options: argparse.Namespace) -> int:
+    """Points followed by the embedded model, or another with its parts."""
+    from diffusers_concept_maps.shapes.suite.tracking import tracking_results
+
+    if options.guidance:
+        raise ConceptMapsValueError("--guidance is there with --suite tracking; expected it with another suite")
+    return _print_results(tracking_results(_load(options)))
+
+
+def _load(options: argparse.Namespace) -> Any:
+    """The embedded model, or the one of a folder."""
     from diffusers_concept_maps.shapes.model import load_shapes_pipeline
 
     pipe = load_shapes_pipeline(folder=None if options.model is None else Path(options.model))
     pipe.set_progress_bar_config(disable=True)
-    if options.guidance:
-        for setting, rates in compare(pipe):
-            print(f"{setting}: " + "  ".join(f"{name} {rate:.3f}" for name, rate in rates.items()), flush=True)
-        return 0
+    return pipe
+
+
+def _compare(settings: Iterable[tuple[Any, dict[str, float]]]) -> int:
+    """Print the rates of every setting as soon as they are known."""
+    for setting, rates in settings:
+        print(f"{setting}: " + "  ".join(f"{name} {rate:.3f}" for name, rate in rates.items()), flush=True)
+    return 0
+
+
+def _print_results(results: Iterable[Result]) -> int:
+    """Print every result as soon as it is known; the exit status is 1 where a gate is red."""
     gates: dict[str, bool] = {}
-    for result in evaluate(pipe):
+    for result in results:
         print(result, flush=True)
         gates |= {} if result.passed is None else {result.name: result.passed}
     red = [name for name, passed in gates.items() if not passed]
@@ -86,5 +115,9 @@ def _run(options: argparse.Namespace, evaluate: Callable[..., Any], compare: Cal
     return 1 if red else 0
 
 
-SUITES: dict[str, Callable[[argparse.Namespace], int]] = {"guidance": _guidance, "shapes": _shapes}
+SUITES: dict[str, Callable[[argparse.Namespace], int]] = {
+    "guidance": _guidance,
+    "shapes": _shapes,
+    "tracking": _tracking,
+}
 """What `--suite` names: from the arguments to the exit status."""
