@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import pkgutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusers_concept_maps.commands._common import load_pipeline, positive, printable, seed, staging
+from diffusers_concept_maps.errors import ConceptMapsValueError
 
 if TYPE_CHECKING:
     from diffusers_concept_maps.evaluation.analysis import Subject
@@ -22,7 +24,7 @@ def register(commands: Any) -> None:
         help="score by layer, head and noise level, and what goes with it",
         description="Run one analysis on clips whose masks are known; write its tables (CSV) and pictures (PNG).",
     )
-    parser.add_argument("name", metavar="NAME", help="layers-steps, heads, separability, eigenvalues or ablations")
+    parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(_names())}")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to")
     parser.add_argument(
         "--dataset", default=_SHAPES, metavar="NAME", help="shapes (default: embedded scenes) or a data set on disk"
@@ -57,6 +59,8 @@ def run(options: argparse.Namespace) -> int:
 
     analysis = find_analysis(options.name)
     require("matplotlib")
+    if options.out.exists() and not options.out.is_dir():
+        raise ConceptMapsValueError(f"--out is {str(options.out)!r}, which is a file; expected a folder to write to")
     levels = options.noise_level or analysis.noise_levels or ((0.7,) if options.dataset == _SHAPES else (0.5,))
     settings = {
         "score": options.score,
@@ -82,8 +86,14 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _names() -> list[str]:
+    """The analyses by their files, which takes no import."""
+    folder = Path(__file__).parents[1] / "evaluation" / "analysis"
+    names = (module.name for module in pkgutil.iter_modules([str(folder)]))
+    return sorted(name.replace("_", "-") for name in names if not name.startswith("_"))
+
+
 def _subjects(options: argparse.Namespace) -> Iterable[Subject]:
-    from diffusers_concept_maps.errors import ConceptMapsValueError
     from diffusers_concept_maps.evaluation.analysis import dataset_subjects, shapes_subjects
     from diffusers_concept_maps.evaluation.datasets import open_dataset
 

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from diffusers_concept_maps.cli import main
+from diffusers_concept_maps.evaluation.analysis import analyses
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -60,6 +61,19 @@ def test_a_data_set_on_disk_is_analyzed(tmp_path: Path) -> None:
     assert {row["n"] for row in found} == {"2"}
     assert all(float(row["chance"]) == pytest.approx(18 * 18 / 64**2, abs=1e-5) for row in found)
     assert max(float(row["score"]) for row in found) > 3 * 18 * 18 / 64**2
+
+
+def test_help_names_every_analysis(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["analyze", "--help"])
+    assert f"one of {', '.join(analyses())}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_file_in_the_way_is_found_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").write_text("mine")
+    assert main(["analyze", "heads", "--limit", "1", "--out", str(tmp_path / "out")]) == 2
+    assert "which is a file; expected a folder" in capsys.readouterr().err
+    assert (tmp_path / "out").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
