@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusers_concept_maps.commands._correspondence import add_correspondence_arguments, run_correspondence
 from diffusers_concept_maps.commands._dataset import add_dataset_arguments, run_dataset
 from diffusers_concept_maps.commands._tap_vid import add_tap_vid_arguments, run_tap_vid
 from diffusers_concept_maps.errors import ConceptMapsValueError
@@ -29,7 +30,8 @@ def register(commands: Any) -> None:
         "--suite",
         choices=sorted(SUITES),
         help="of the embedded model; shapes: does it draw what it is told, and do its maps say where; guidance: what "
-        "cross-attention guidance changes in its clips; tracking: does it follow points",
+        "cross-attention guidance changes in its clips; tracking: does it follow points; correspondence: which layer "
+        "and step know where points go, in this model or another",
     )
     what.add_argument(
         "--dataset", metavar="NAME", help="such as imagenet-segmentation, pascal-voc, mevis, vspw or davis-2017"
@@ -45,6 +47,7 @@ def register(commands: Any) -> None:
     )
     add_dataset_arguments(parser)
     add_tap_vid_arguments(parser)
+    add_correspondence_arguments(parser)
     parser.set_defaults(run=run)
 
 
@@ -116,6 +119,7 @@ def _print_results(results: Iterable[Result]) -> int:
 
 
 SUITES: dict[str, Callable[[argparse.Namespace], int]] = {
+    "correspondence": run_correspondence,
     "guidance": _guidance,
     "shapes": _shapes,
     "tracking": _tracking,

@@ -47,12 +47,14 @@ class Correspondence:
     Attributes:
         points: float32 `[point, 3]`, (frame, x, y): a frame of the video, and its pixels by their centers.
         cover: int64 `[video frame]`, the frame of tokens that covers each; known once the pipeline has run.
+        stride: pixels per token, (x, y); known once the pipeline has run.
     """
 
     def __init__(self, points: torch.Tensor) -> None:
         """Nothing has run yet."""
         self.points = points
         self.cover = torch.zeros(0, dtype=torch.int64)
+        self.stride = (0.0, 0.0)
         self._cells: dict[tuple[int, int], Cell] = {}
 
     @property
@@ -135,6 +137,7 @@ class _Reader:
         """As `consume`, by another number of the step."""
         grid, found = layer.token_grid(self._size), self.found
         found.cover = covering_frames(self._num_frames, grid.frames, **self._geometry)
+        found.stride = grid.stride
         queries = found.points.clone()
         queries[:, 0] = found.cover[queries[:, 0].long()]
         sides, heads, rows = self._sides(layer)
@@ -275,8 +278,13 @@ def encode_correspondence(
         video: whatever `media.read_frames` reads, of as many frames as the model takes, or fewer.
         points: as for `trace_correspondence`.
         noise_level: fraction of the training schedule in (0, 1], or several: they are the steps of what is returned.
-        layers: as for `trace_correspondence`, as are `heads`, `per_head`, `options`, `visibility`, `agreement` and
-            `parity`.
+        layers: 0-based; None is all.
+        heads: 0-based, of which the mean is taken; None is all.
+        per_head: each of the heads by itself instead of their mean.
+        options: how matches are made and read; None is `MatchOptions()`.
+        visibility: as for `trace_correspondence`.
+        agreement: match every match back, too.
+        parity: as for `trace_correspondence`.
         prompt: what to tell the model of the video.
         size: `(height, width)` in pixels that the model gets; None keeps the aspect ratio, at no more than the area
             that the model makes by default. Points and matches are in pixels of the video all the same.
@@ -312,9 +320,9 @@ def encode_correspondence(
     )
     fitted, _ = fit_clip(frames, area=shape.area, multiple=shape.multiple, size=size)
     latents = single.encode(fitted.transpose(0, 1)[None])
+    chosen = reader.layers if layers is None else list(layers)
     for step, level in enumerate(levels):
-        consume = partial(reader.put, step=step)
-        probe = attach_probe(single.pipe, consume, layers=layers or reader.layers, single_passes=True)
+        probe = attach_probe(single.pipe, partial(reader.put, step=step), layers=chosen, single_passes=True)
         try:
             single.run(latents, level, fitted, seed=seed)
         finally:
