@@ -97,6 +97,7 @@ def _shapes(options: argparse.Namespace, out: Path) -> None:
         )
     if options.layers is not None or options.difftrack_parity:
         raise ConceptMapsValueError("--layers and --difftrack-parity are for --root and --video; drop them")
+    from diffusers_concept_maps.evaluation.correspondence import CONTROLS
     from diffusers_concept_maps.evaluation.correspondence_runs import LEVELS
     from diffusers_concept_maps.shapes.model import load_shapes_pipeline
     from diffusers_concept_maps.shapes.suite.correspondence import score_generated, score_real
@@ -114,7 +115,6 @@ def _shapes(options: argparse.Namespace, out: Path) -> None:
         development, scored = summaries
         print(f"{kind}: {len(scored.clips)} clips, chosen on {len(development.clips)} others")
         for name in scored.names:
-            print("  " + scored.describe(name, development.best(name)), flush=True)
-        for control in ("accuracy_still", "accuracy_shuffled"):
-            print("  there, " + scored.describe(control, development.best("accuracy")), flush=True)
+            chosen = "accuracy" if name in CONTROLS else name
+            print("  " + scored.describe(name, development.best(chosen)), flush=True)
         scored.write(out / kind)

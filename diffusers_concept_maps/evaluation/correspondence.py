@@ -26,6 +26,9 @@ __all__ = ["Summary", "TrackedClip", "score_clip", "summarize"]
 COMBINED = ("accuracy", "confidence_cross", "attention_cross")
 """The scores whose harmonic mean is taken."""
 
+CONTROLS = ("accuracy_still", "accuracy_shuffled")
+"""What no model has to be asked for: points that stay where they are, and the tracks of another clip."""
+
 _DRAWS = 1000  # of the bootstrap
 
 
