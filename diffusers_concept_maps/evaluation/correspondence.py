@@ -7,8 +7,8 @@ are what no model has to be asked for: points that stay where they are, and the 
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -285,5 +285,5 @@ def summarize(
 
 def _turned(clip: TrackedClip) -> TrackedClip:
     """The points of a clip in reversed order."""
-    tensors: Iterable[torch.Tensor] = (clip.points, clip.tracks, clip.visibility)
-    return TrackedClip(clip.name, *(tensor.flip(0) for tensor in tensors), clip.size)
+    points, tracks, visibility = (side.flip(0) for side in (clip.points, clip.tracks, clip.visibility))
+    return replace(clip, points=points, tracks=tracks, visibility=visibility)
