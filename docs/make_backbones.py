@@ -60,8 +60,8 @@ def _section(backbone: Backbone) -> Iterator[str]:
     if backbone.presets:
         yield from (
             "",
-            "| checkpoint | layers | heads | source |",
-            "|---|---|---|---|",
+            "| checkpoint | layers | heads | matching | guidance | source |",
+            "|---|---|---|---|---|---|",
             *map(_preset, backbone.presets),
         )
 
@@ -69,7 +69,8 @@ def _section(backbone: Backbone) -> Iterator[str]:
 def _preset(preset: Preset) -> str:
     layers = "; ".join(f"`{name}`: {_ranges(chosen)}" for name, chosen in preset.layers.items()) or "all"
     heads = "; ".join(f"`{name}`: {_chosen(heads)}" for name, heads in preset.heads.items()) or "all"
-    return f"| {preset.name} | {layers} | {heads} | {preset.source} |"
+    matching = f"layer {preset.matching[0]} at {preset.matching[1]}" if preset.matching else ""
+    return f"| {preset.name} | {layers} | {heads} | {matching} | {_ranges(preset.guidance)} | {preset.source} |"
 
 
 def _chosen(heads: HeadSelection | tuple[int, ...]) -> str:

@@ -69,11 +69,13 @@ class CogVideoXBackbone(JoiningBackbone):
             name="the embedded model",
             source=(
                 "contrast accuracy of its heads on clips of the development seed (docs/shapes_model.md); layer of "
-                "guidance by how many clips move as asked with noise of that seed (docs/guidance.md)"
+                "matching by points followed through such clips (docs/tracking.md), and of guidance by how many clips "
+                "move as asked with noise of that seed (docs/guidance.md)"
             ),
             config={"num_layers": 5, "num_attention_heads": 4, "in_channels": 3, "text_embed_dim": 64},
             layers=dict.fromkeys(("concept_attention", "cross_attention", "gramcol", "imap"), (2, 3, 4)),
             heads={"imap": HeadSelection(top_k=2)},
+            matching=(3, 0.2),
             guidance=(1,),
         ),
     )

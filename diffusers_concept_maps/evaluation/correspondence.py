@@ -285,5 +285,4 @@ def summarize(
 
 def _turned(clip: TrackedClip) -> TrackedClip:
     """The points of a clip in reversed order."""
-    points, tracks, visibility = (side.flip(0) for side in (clip.points, clip.tracks, clip.visibility))
-    return replace(clip, points=points, tracks=tracks, visibility=visibility)
+    return replace(clip, points=clip.points.flip(0), tracks=clip.tracks.flip(0), visibility=clip.visibility.flip(0))

@@ -165,6 +165,8 @@ class Score(NamedTuple):
 def score_tracker(tracker: Tracker, clips: Sequence[TrackedClip]) -> dict[str, Score]:
     """Scores by kind of point, and of "all"; clips without points of a kind do not count for it.
 
+    A kind that no clip has is left out.
+
     Args:
         tracker: what to score.
         clips: with true tracks.
@@ -181,7 +183,8 @@ def score_tracker(tracker: Tracker, clips: Sequence[TrackedClip]) -> dict[str, S
             true, frames = (clip.tracks[own], clip.visibility[own]), clip.points[own, 0].long()
             parts.append(score_tracks(tracks[own], visibility[own], *true, frames, "strided", size=(HEIGHT, WIDTH)))
             errors.append((tracks[own] - true[0]).norm(dim=-1)[counted])
-        scores[kind] = Score(mean_scores(parts), float(torch.cat(errors).median()))
+        if parts:
+            scores[kind] = Score(mean_scores(parts), float(torch.cat(errors).median()))
     return scores
 
 
