@@ -7,21 +7,44 @@ import tempfile
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 import diffusers_concept_maps as dcm
 from diffusers_concept_maps import cli
 from diffusers_concept_maps.commands import generate
 from diffusers_concept_maps.shapes.captions import TEXT_LENGTH
 from diffusers_concept_maps.shapes.model import GUIDANCE_SCALE, STEPS
+from diffusers_concept_maps.shapes.suite.frozen import EVALUATION_SEED
+from diffusers_concept_maps.shapes.suite.tracking import tracked_clips
 from diffusers_concept_maps.visualize.figure import contact_sheet
+from diffusers_concept_maps.visualize.overlay import as_pictures, enlarge
+from diffusers_concept_maps.visualize.trails import draw_tracks
 from diffusers_concept_maps.visualize.video import write_image
 
 IMAGES = Path(__file__).parent / "images"
+SCENE = 0  # of those of the evaluation seed
+TRACKED = 8  # pixels of the picture for one of the clip
 METHODS = ("concept_attention", "cross_attention", "gramcol", "imap")
 
 
+def tracked_scene() -> Image.Image:
+    """The frames of a scene of the evaluation seed beside one another, with points of its first frame and trails."""
+    clip = tracked_clips(SCENE + 1, EVALUATION_SEED)[SCENE]
+    color = clip.frames[0].float()
+    y, x = ((color.amax(0) - color.amin(0)) > 120)[::3, ::3].nonzero().mul(3).unbind(1)  # on the objects
+    points = torch.stack([torch.zeros(len(x)), x, y], dim=1)
+    out = dcm.track(dcm.load_shapes_pipeline(), clip.frames, points)
+    pictures = enlarge(as_pictures(clip.frames), TRACKED * clip.frames.shape[3])
+    shown = draw_tracks(pictures, (out.tracks + 0.5) * TRACKED - 0.5, out.visibility, radius=4)
+    width, height = shown[0].size
+    row = Image.new("RGB", (len(shown) * (width + TRACKED) - TRACKED, height), "white")
+    for index, picture in enumerate(shown):
+        row.paste(picture, (index * (width + TRACKED), 0))
+    return row
+
+
 def main() -> None:
-    """The commands' own contact sheets, and one sheet for each method from a run with the same prompt and seed."""
+    """The commands' own contact sheets, one for each method from a run with the same prompt and seed, and tracks."""
     IMAGES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -43,6 +66,7 @@ def main() -> None:
         title = f"{generate.DEFAULT_PROMPT}  [{method}]"
         sheet = contact_sheet(frames, maps.get(method)[0], generate.DEFAULT_CONCEPTS, title=title)
         write_image(IMAGES / f"{method}.png", sheet)
+    write_image(IMAGES / "tracking.png", tracked_scene())
 
 
 if __name__ == "__main__":
