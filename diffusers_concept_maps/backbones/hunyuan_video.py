@@ -45,8 +45,8 @@ class HunyuanVideoBackbone(JointBackbone):
             name="HunyuanVideo",
             source=(
                 "motion layers and top-5 heads of the scripts published with IMAP (arXiv 2603.02919), and their "
-                "layers for the other maps, all that have two streams; all steps, as there; layer of matching of those "
-                "published with DiffTrack (arXiv 2506.17220), the last of whose 30 steps is about this noise level"
+                "layers for the other maps, all that have two streams; all steps, as there; layer of matching of "
+                "those published with DiffTrack (arXiv 2506.17220), the last of whose 30 steps is about this level"
             ),
             config={
                 "num_layers": 20,
