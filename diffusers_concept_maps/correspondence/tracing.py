@@ -115,9 +115,11 @@ class _Reader:
                 f"options {options} are there with parity {parity!r}, which has its own; drop one"
             )
         queries = _check_points(points, size, num_frames)
-        if visibility is not None and visibility.shape != (len(queries), num_frames):
+        expected = (len(queries), num_frames)
+        if visibility is not None and (visibility.shape != expected or visibility.dtype != torch.bool):
             raise ConceptMapsValueError(
-                f"visibility has shape {tuple(visibility.shape)}; expected {(len(queries), num_frames)}"
+                f"visibility is {visibility.dtype} of shape {tuple(visibility.shape)}; expected torch.bool of shape "
+                f"{expected}"
             )
         count = backbone.heads(transformer)
         self.found = Correspondence(queries)
@@ -126,7 +128,8 @@ class _Reader:
         self._geometry = backbone.geometry(transformer)
         self._heads = None if heads is None else sorted(check_indices("head", heads, count))
         self._options = MatchOptions("both", "difftrack") if parity else options
-        self._visibility, self._agreement, self._per_head = visibility, agreement, per_head
+        self._visibility = None if visibility is None else visibility.cpu()
+        self._agreement, self._per_head = agreement, per_head
         self._quirks = {"swap_axes": bool(parity), "all_points": bool(parity)}
 
     def consume(self, layer: LayerTokens) -> None:
@@ -336,7 +339,7 @@ def _check_points(points: Any, size: tuple[int, int], num_frames: int) -> torch.
     Raises:
         ConceptMapsValueError: another shape, no number, or a place outside of the video.
     """
-    queries = torch.as_tensor(points, dtype=torch.float32)
+    queries = torch.as_tensor(points, dtype=torch.float32).cpu()
     if queries.ndim != 2 or queries.shape[1] != 3 or not len(queries):
         raise ConceptMapsValueError(
             f"points have shape {tuple(queries.shape)}; expected [point, 3], of which each is (frame, x, y)"

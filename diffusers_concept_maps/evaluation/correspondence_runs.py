@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from diffusers_concept_maps.backbones import find_backbone
+from diffusers_concept_maps.correspondence.readout import covering_frames, covering_visibility
 from diffusers_concept_maps.correspondence.tracing import Correspondence, encode_correspondence, trace_correspondence
-from diffusers_concept_maps.errors import ConceptMapsError
+from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
 from diffusers_concept_maps.evaluation.correspondence import Summary, TrackedClip, summarize
 from diffusers_concept_maps.evaluation.difftrack_dataset import SEED, SIZE, MatchingSample, read_difftrack
 from diffusers_concept_maps.media import read_frames
@@ -50,25 +51,19 @@ def score_dataset(
         layers: 0-based; None is all.
         threshold: as for `summarize`.
         parity: "difftrack" counts and reads as the official code does.
-        tell: is told of every clip that is done.
+        tell: is told of every clip that is done, or left out because no point of it is seen long enough.
 
     Raises:
-        ConceptMapsError: the folder is no such data set, a clip has no visible point, or the pipeline cannot be
-            listened to.
+        ConceptMapsError: the folder is no such data set, no clip can be scored, or the pipeline cannot be listened to.
     """
-    samples = list(read_difftrack(folder))[:limit]
-    clips = [
-        TrackedClip.of(
-            sample.name, sample.tracks, sample.visibility, SIZE, first_frame=True, every_point=parity is not None
-        )
-        for sample in samples
-    ]
+    pairs = list(_scorable(pipe, list(read_difftrack(folder))[:limit], parity, tell))
+    clips = [clip for _, clip in pairs]
     chosen = None if layers is None else list(layers)
 
     def match(number: int) -> Correspondence:
         clip = clips[number]
         options: dict[str, Any] = {"layers": chosen, "visibility": clip.visibility, "parity": parity}
-        given = _arguments(pipe, samples[number]) | dict(call or {})
+        given = _arguments(pipe, pairs[number][0]) | dict(call or {})
         frames = clip.tracks.shape[1]
         with trace_correspondence(pipe, clip.points, size=clip.size, num_frames=frames, **options) as found:
             pipe(**given)
@@ -159,6 +154,28 @@ def read_tracks(path: str | os.PathLike[str]) -> tuple[torch.Tensor, torch.Tenso
             f"{name!r} has visibility of {visibility.dtype} {visibility.shape}; expected bool {tracks.shape[:2]}"
         )
     return torch.from_numpy(tracks.astype(np.float32)), torch.from_numpy(visibility)
+
+
+def _scorable(
+    pipe: Any, samples: Sequence[MatchingSample], parity: str | None, tell: Callable[[str], None] | None
+) -> Iterator[tuple[MatchingSample, TrackedClip]]:
+    """The samples that have a point in the first frame which is seen in another frame of tokens, with their clips."""
+    geometry = find_backbone(pipe.transformer).geometry(pipe.transformer)
+    for sample in samples:
+        try:
+            clip = TrackedClip.of(
+                sample.name, sample.tracks, sample.visibility, SIZE, first_frame=True, every_point=parity is not None
+            )
+            latents = (clip.tracks.shape[1] - 1) // geometry["frames_per_latent"] + 1
+            tokens = -(-latents // geometry["latents_per_token"])
+            seen = covering_visibility(clip.visibility, covering_frames(clip.tracks.shape[1], tokens, **geometry))
+            if not bool((seen[:, 0] & (seen.sum(1) > 1)).any()):
+                raise ConceptMapsValueError(f"{sample.name} has no point that is seen in another frame of tokens")
+        except ConceptMapsValueError as error:
+            if tell is not None:
+                tell(f"left out: {error}")
+            continue
+        yield sample, clip
 
 
 def _arguments(pipe: Any, sample: MatchingSample) -> dict[str, Any]:

@@ -199,6 +199,18 @@ def test_image_to_video_starts_from_the_image_of_the_data_set(tmp_path: Path) ->
         assert np.array_equal(np.asarray(given[0]), np.asarray(expected))
 
 
+def test_clips_whose_points_are_seen_too_shortly_are_left_out(tmp_path: Path) -> None:
+    folder, pipe, told = make_dataset(tmp_path / "fg"), tiny_cogvideox.make_pipeline(), list[str]()
+    shortly = np.zeros((1, 9, 6), bool)
+    shortly[0, :4] = True  # the first frame, and three of the four of the second frame of tokens
+    np.save(folder / "visibility" / "000.npy", shortly)
+    assert score_dataset(pipe, folder, call=CALL, layers=[1], tell=told.append).clips == ("001",)
+    assert told == ["left out: 000 has no point that is seen in another frame of tokens", "1 of 1: 001"]
+    np.save(folder / "visibility" / "001.npy", np.zeros((1, 9, 6), bool))
+    with pytest.raises(ConceptMapsValueError, match="^there is no clip to score"):
+        score_dataset(pipe, folder, call=CALL)
+
+
 def test_limit_and_parity(tmp_path: Path) -> None:
     folder, pipe = make_dataset(tmp_path / "fg"), tiny_cogvideox.make_pipeline()
     summary = score_dataset(pipe, folder, call=CALL, limit=1, layers=[1], threshold=200.0, parity="difftrack")
