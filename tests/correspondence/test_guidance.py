@@ -339,18 +339,6 @@ def test_guided_twice(pipe: CogVideoXPipeline) -> None:
         dcm.cross_attention_guidance(pipe, layers=[1]).__enter__()
 
 
-@pytest.mark.parametrize("name", ["FLUX.1 schnell", "SD3", "Qwen-Image"])
-def test_images(name: str) -> None:
-    case = CASES[name]
-    pipe = case.pipeline()
-    message = "^guidance is about attention between frames, and there is only one; generate a video$"
-    with (
-        dcm.cross_attention_guidance(pipe, layers=[1]),
-        pytest.raises(dcm.ConceptMapsValueError, match=message),
-    ):
-        case.call(pipe, PROMPTS)
-
-
 def test_cache(pipe: CogVideoXPipeline) -> None:
     config = PyramidAttentionBroadcastConfig(
         spatial_attention_block_skip_range=2, current_timestep_callback=lambda: pipe.current_timestep

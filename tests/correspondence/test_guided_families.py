@@ -69,3 +69,15 @@ def test_nothing_is_left_where_nothing_is_cut(name: str, end: int, monkeypatch: 
     nothing = run(name, 1.0, layers=[layer(name, end)])
     assert calls
     torch.testing.assert_close(nothing, unguided(name), rtol=0, atol=2e-5 * unguided(name).abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["FLUX.1 schnell", "SD3", "Qwen-Image"])
+def test_images(name: str) -> None:
+    case = next(case for case in find_cases() if case.name == name)
+    pipe = case.pipeline()
+    message = "^guidance is about attention between frames, and there is only one; generate a video$"
+    with (
+        dcm.cross_attention_guidance(pipe, layers=[1]),
+        pytest.raises(dcm.ConceptMapsValueError, match=message),
+    ):
+        case.call(pipe, PROMPTS)
