@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import wraps
+from math import inf
 from typing import Any, cast
 
 import torch
@@ -70,7 +71,8 @@ def at_level(scheduler: Any, level: float) -> Any:
     if not is_flow(scheduler):
         step = _step(scheduler, level)
         kept = float(scheduler.alphas_cumprod[step])
-        return one_step(scheduler, step, ((1 - kept) / kept) ** 0.5)
+        # At the end of a schedule without terminal signal nothing is kept.
+        return one_step(scheduler, step, ((1 - kept) / kept) ** 0.5 if kept else inf)
     sigma = 1 - level if getattr(scheduler.config, "invert_sigmas", False) else level
     # In single precision, as schedulers do it: integer timesteps are cut, not rounded.
     return one_step(scheduler, float(torch.tensor(sigma) * scheduler.config.num_train_timesteps), sigma)
