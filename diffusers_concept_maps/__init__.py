@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "ConceptAttnProcessor": "processors",
-    "ConceptMap": "maps",
+    "ConceptMap": "concept_map",
     "ConceptMaps": "maps",
     "ConceptMapsError": "errors",
     "ConceptMapsMixin": "pipeline",

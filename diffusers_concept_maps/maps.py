@@ -6,20 +6,18 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from diffusers_concept_maps.concept_map import ConceptMap
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
 from diffusers_concept_maps.files import whole_file
 from diffusers_concept_maps.fitting import Fit
 from diffusers_concept_maps.media import read_frames
-from diffusers_concept_maps.upsample import spread_frames, upsample_map
-
-if TYPE_CHECKING:
-    from PIL import Image
+from diffusers_concept_maps.upsample import upsample_map
 
 _FORMAT = "diffusers_concept_maps/1"
 _GEOMETRY = ("frames_per_latent", "latents_per_token")
@@ -250,71 +248,14 @@ class ConceptMaps:
     def __repr__(self) -> str:
         return f"ConceptMaps(concepts={list(self.concepts)}, methods={list(self.methods)})"
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the maps of the first method, small; see `visualize.notebook`."""
+        from diffusers_concept_maps.visualize.notebook import error_html, maps_html
 
-@dataclass(frozen=True)
-class ConceptMap:
-    """The map of one concept.
-
-    Attributes:
-        concept: its text.
-        tensor: float32 CPU tensor `[batch, frame, height, width]` on the token grid.
-        frames_per_latent: as for `spread_frames`.
-        latents_per_token: as for `spread_frames`.
-        fit: as `ConceptMaps.fit`.
-    """
-
-    concept: str
-    tensor: torch.Tensor
-    frames_per_latent: int | None = None
-    latents_per_token: int = 1
-    fit: Fit | None = None
-
-    def overlay(self, frames: Any, *, index: int = 0, opacity: float = 0.6) -> list[Image.Image]:
-        """Frames with the map laid over them, in one scale for the whole clip.
-
-        Of the whole clip that `encode` was given, the frames that the model has not seen are left out.
-
-        Args:
-            frames: the frames of one video or image, as for `media.read_frames`: a path, PIL images, an array
-                `[frame, height, width, 3]` or a tensor `[frame, 3, height, width]` in 0..1.
-            index: which map of the batch.
-            opacity: of the map where it is strongest, 0 to 1.
-
-        Returns:
-            One PIL image per frame.
-        """
-        from diffusers_concept_maps.visualize.overlay import as_pictures, overlay
-
-        pictures, padding = as_pictures(frames), 0
-        if self.fit is not None and len(pictures) in (self.fit.covered, self.fit.source[0]):
-            pictures, padding = pictures[: self.fit.covered], self.fit.padding
-        one_per_frame = spread_frames(
-            self.tensor[index],
-            len(pictures),
-            padding=padding,
-            frames_per_latent=self.frames_per_latent,
-            latents_per_token=self.latents_per_token,
-        )
-        return overlay(pictures, one_per_frame, opacity=opacity)
-
-    def to_video(
-        self, path: str | os.PathLike[str], frames: Any, *, index: int = 0, opacity: float = 0.6, fps: int = 8
-    ) -> None:
-        """Write `overlay(frames)` as a video file; needs the `viz` extra.
-
-        Args:
-            path: file to write, such as `dog.mp4`; it appears whole or not at all.
-            frames: as for `overlay`.
-            index: which map of the batch.
-            opacity: of the map where it is strongest, 0 to 1.
-            fps: frames per second.
-
-        Raises:
-            ConceptMapsError: as `overlay` and `visualize.video.write_video`.
-        """
-        from diffusers_concept_maps.visualize.video import write_video
-
-        write_video(path, self.overlay(frames, index=index, opacity=opacity), fps=fps)
+        try:
+            return maps_html(f"ConceptMaps, {self.methods[0]}", self.concepts, self.get())
+        except ConceptMapsError as error:
+            return error_html(repr(self), error)
 
 
 def load(path: str | os.PathLike[str]) -> ConceptMaps:

@@ -16,6 +16,7 @@ import diffusers_concept_maps as dcm
 from diffusers_concept_maps import cli
 from diffusers_concept_maps.commands import encode as command
 from diffusers_concept_maps.media import read_frames
+from diffusers_concept_maps.visualize.frames import as_pictures
 from diffusers_concept_maps.visualize.video import write_video
 
 CONCEPTS = ["red", "blue"]
@@ -68,7 +69,7 @@ def test_what_is_written(kind: str, size: tuple[int, int], fps: int | None, tmp_
         shown = read_frames(out / name)
         assert shown.frames.shape == (len(frames), 3, size[0] + size[0] % (1 if kind == "png" else 2), size[1])
         assert shown.fps == fps
-        overlay = torch.stack([_tensor(picture) for picture in maps[concept].overlay(frames)])
+        overlay = torch.stack([_tensor(picture) for picture in maps[concept].overlay(as_pictures(frames))])
         assert (shown.frames[:, :, : size[0]] - overlay).abs().mean() < (1e-6 if kind == "png" else 0.03)
 
 

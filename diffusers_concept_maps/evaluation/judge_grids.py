@@ -21,7 +21,7 @@ class Grids:
     Attributes:
         raw: the frames; uint8 `[3, ROWS * height, COLUMNS * width]`, as the other two.
         overlay: the frames, with half the brightness where the score is not above its mean.
-        heat_map: the scores in the colors of `visualize.overlay.COLORMAP`.
+        heat_map: the scores in the colors of `visualize.colors.COLORMAP`.
         shown: the video frame of every cell, from 0.
         frames: how many frames the video has.
         per_frame: whether every heat map and every mask has a scale of its own.
@@ -123,7 +123,7 @@ def _shrink(pictures: torch.Tensor) -> torch.Tensor:
 
 def _colors(heat: torch.Tensor) -> torch.Tensor:
     """Colors uint8 `[cell, 3, height, width]` of scores in 0..1 `[cell, height, width]`."""
-    from diffusers_concept_maps.visualize.overlay import colorize
+    from diffusers_concept_maps.visualize.colors import colorize
 
     return (torch.from_numpy(colorize(heat.numpy())) * 255).round().to(torch.uint8).permute(0, 3, 1, 2)
 

@@ -15,15 +15,23 @@ from PIL import Image
 from diffusers_concept_maps.errors import ConceptMapsValueError
 from diffusers_concept_maps.upsample import upsample_map
 from diffusers_concept_maps.visualize import require
+from diffusers_concept_maps.visualize.colors import COLORMAP, colorize, score_labels
 from diffusers_concept_maps.visualize.fonts import legible
-from diffusers_concept_maps.visualize.overlay import as_pictures, colorize, normalized, scale_of
+from diffusers_concept_maps.visualize.frames import as_pictures
+from diffusers_concept_maps.visualize.overlay import normalized, scale_of
 
 _CELL, _LABEL, _LEGEND, _HEADING, _LOWEST = 1.1, 1.35, 0.95, 0.22, 0.44  # inches
 _LINE = 0.16  # inches from one line of text to the next
 
 
 def contact_sheet(
-    frames: Any, maps: torch.Tensor, concepts: Sequence[str], *, title: str = "", columns: int = 8
+    frames: Any,
+    maps: torch.Tensor,
+    concepts: Sequence[str],
+    *,
+    title: str = "",
+    columns: int | None = 8,
+    colormap: str = COLORMAP,
 ) -> Image.Image:
     """The frames of a clip in the first row, and below them one row of maps for each concept.
 
@@ -33,30 +41,32 @@ def contact_sheet(
     codes, with a warning.
 
     Args:
-        frames: as for `overlay.as_pictures`.
+        frames: as for `frames.as_pictures`.
         maps: float tensor `[concept, token_frame, height, width]`.
         concepts: their names, one for each row.
         title: text above the sheet.
-        columns: number of frames to show at most.
+        columns: number of frames to show at most; None shows every one.
+        colormap: one of `colors.COLORMAPS`.
 
     Returns:
         An RGB picture.
 
     Raises:
-        ConceptMapsValueError: the number of names is not that of the maps, no columns, or scores that are not finite.
+        ConceptMapsValueError: the number of names is not that of the maps, no columns, no such color map, or scores
+            that are not finite.
         ConceptMapsError: matplotlib is not installed.
     """
     if maps.ndim != 4 or len(concepts) != maps.shape[0]:
         raise ConceptMapsValueError(
             f"maps of shape {tuple(maps.shape)} for {len(concepts)} concepts; expected [concept, frame, height, width]"
         )
-    if columns < 1:
-        raise ConceptMapsValueError(f"columns is {columns}; expected at least 1")
+    if columns is not None and columns < 1:
+        raise ConceptMapsValueError(f"columns is {columns}; expected at least 1, or None for every frame")
     pictures = as_pictures(frames)
-    shown = np.linspace(0, len(pictures) - 1, min(columns, len(pictures))).round().astype(int)
+    shown = np.linspace(0, len(pictures) - 1, min(columns or len(pictures), len(pictures))).round().astype(int)
     width, height = pictures[0].size
     (title, *names), fonts = legible([title, *concepts])
-    sheet = _Sheet(len(concepts) + 1, len(shown), height / width, title, fonts)
+    sheet = _Sheet(len(concepts) + 1, len(shown), height / width, title, fonts, colormap)
     sheet.label(0, "video" if len(shown) == len(pictures) else f"video, {len(shown)} of {len(pictures)} frames")
     for column, index in enumerate(shown):
         sheet.cell(0, column, np.asarray(pictures[index])).set_title(f"frame {index}", fontsize=7, pad=2)
@@ -64,7 +74,7 @@ def contact_sheet(
         scores = upsample_map(normalized(concept_map), (height, width), len(pictures))[shown]
         sheet.label(row, name)
         for column, score in enumerate(scores.numpy()):
-            sheet.cell(row, column, colorize(score))
+            sheet.cell(row, column, colorize(score, colormap))
         sheet.legend(row, *scale_of(concept_map))
     return sheet.picture()
 
@@ -72,7 +82,8 @@ def contact_sheet(
 class _Sheet:
     """A figure of equal cells with room for labels on the left, legends on the right and a title on top."""
 
-    def __init__(self, rows: int, columns: int, aspect: float, title: str, fonts: list[str]) -> None:
+    def __init__(self, rows: int, columns: int, aspect: float, title: str, fonts: list[str], colormap: str) -> None:
+        self._colormap = colormap
         self._width = _LABEL + _CELL * columns + _LEGEND
         self._row = max(_CELL * aspect, _LOWEST)
         heading = textwrap.fill(title, _letters(title, int(self._width / 0.075)))
@@ -109,10 +120,10 @@ class _Sheet:
         place = (1 - 0.78 * _LEGEND / self._width, self._bottom(row) + 0.1 * height, 0.1 / self._width, 0.76 * height)
         axes = self._figure.add_axes(place)
         scores = np.linspace(0, 1, 256) if high > low else np.zeros(256)
-        axes.imshow(colorize(scores)[:, None], aspect="auto", origin="lower", extent=(0, 1, 0, 1))
+        axes.imshow(colorize(scores, self._colormap)[:, None], aspect="auto", origin="lower", extent=(0, 1, 0, 1))
         ticks = {0.0: low, 1.0: high} if high > low else {0.5: low}
         axes.set_xticks([])
-        axes.set_yticks(list(ticks), _numbers(list(ticks.values())), fontsize=7)
+        axes.set_yticks(list(ticks), score_labels(list(ticks.values())), fontsize=7)
         axes.yaxis.tick_right()
         axes.tick_params(length=2, pad=2)
 
@@ -125,9 +136,3 @@ class _Sheet:
 def _letters(text: str, room: int) -> int:
     """How many letters of a text there is room for, of which that many Latin ones would fit."""
     return room // 2 if any(unicodedata.east_asian_width(letter) in "WF" for letter in text) else room
-
-
-def _numbers(values: Sequence[float]) -> list[str]:
-    """Numbers with three digits, or with as many as it takes to tell them apart."""
-    digits = next(n for n in range(3, 18) if len({f"{value:.{n}g}" for value in values}) == len(values))
-    return [f"{value:.{digits}g}" for value in values]
