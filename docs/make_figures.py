@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -17,7 +18,7 @@ from diffusers_concept_maps.shapes.model import GUIDANCE_SCALE, STEPS
 from diffusers_concept_maps.shapes.suite.frozen import EVALUATION_SEED
 from diffusers_concept_maps.shapes.suite.tracking import tracked_clips
 from diffusers_concept_maps.visualize.figure import contact_sheet
-from diffusers_concept_maps.visualize.overlay import as_pictures, enlarge
+from diffusers_concept_maps.visualize.frames import as_pictures, enlarge
 from diffusers_concept_maps.visualize.trails import draw_tracks
 from diffusers_concept_maps.visualize.video import write_image
 
@@ -53,6 +54,7 @@ def main() -> None:
         options = ["--concepts", *generate.DEFAULT_CONCEPTS, "--prompt", generate.DEFAULT_PROMPT]
         cli.main(["encode", str(folder / "video.mp4"), *options, "--out", str(folder / "encoded")])
         shutil.copyfile(folder / "encoded" / "contact_sheet.png", IMAGES / "encode.png")
+        write_image(IMAGES / "overlay.png", overlays(folder))
     pipe = dcm.load_shapes_pipeline()
     with dcm.trace(pipe, generate.DEFAULT_CONCEPTS, methods=METHODS) as maps:
         frames = pipe(
@@ -67,6 +69,15 @@ def main() -> None:
         sheet = contact_sheet(frames, maps.get(method)[0], generate.DEFAULT_CONCEPTS, title=title)
         write_image(IMAGES / f"{method}.png", sheet)
     write_image(IMAGES / "tracking.png", tracked_scene())
+
+
+def overlays(folder: Path) -> Image.Image:
+    """Frames of the command's video with a map and a legend, side by side."""
+    frames = as_pictures(folder / "video.mp4")
+    shown = dcm.load(folder / "maps.safetensors")["red"].overlay(frames, colormap="viridis", legend=True)
+    chosen = [shown[index].resize((240, 240)) for index in np.linspace(0, len(shown) - 1, 4).round().astype(int)]
+    cells = [np.pad(picture, ((0, 0), (0, 6), (0, 0)), constant_values=255) for picture in chosen]
+    return Image.fromarray(np.concatenate(cells, 1))
 
 
 if __name__ == "__main__":

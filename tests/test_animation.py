@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -172,6 +173,14 @@ def test_what_a_format_has_not_is_refused(name: str, options: dict[str, float], 
 def test_frames_too_large_for_webp_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConceptMapsValueError, match=r"16384 x 2 pixels; expected at most 16383 on a side in a WebP"):
         write_video(tmp_path / "clip.webp", [Image.new("RGB", (16384, 2))])
+
+
+def test_webp_needs_no_ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    write_video(tmp_path / "clip.webp", noise(3))
+    assert len(stored(tmp_path / "clip.webp")[0]) == FRAMES
+    with pytest.raises(ConceptMapsError, match=r"diffusers-concept-maps\[viz\]"):
+        write_video(tmp_path / "clip.gif", noise(3))
 
 
 def test_webp_needs_its_folder_and_leaves_nothing_else(tmp_path: Path) -> None:

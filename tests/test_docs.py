@@ -59,3 +59,23 @@ def test_the_page_of_encoding_runs_from_top_to_bottom(tmp_path: Path, monkeypatc
         Image.open("encoded/contact_sheet.png") as made,
     ):
         assert documented.size == made.size
+
+
+def test_the_page_of_pictures_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "visualize.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for language, source in re.findall(r"^```(\w+)\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        if language == "bash":
+            assert cli.main(shlex.split(source)[1:]) == 0
+        else:
+            exec(source, names)
+    assert {path.name for path in tmp_path.iterdir()} == {"demo", "red.mp4", "red_layer.webp", "sheet.png"}
+    frames, layers = names["frames"], names["layers"]
+    assert [picture.size for picture in names["shown"]] == [frame.size for frame in frames]
+    assert {picture.mode for picture in layers} == {"RGBA"}
+    with Image.open("red_layer.webp") as stored, Image.open(ROOT / "docs" / "images" / "overlay.png") as documented:
+        assert stored.n_frames == len(frames)
+        stored.seek(3)
+        assert stored.convert("RGBA").tobytes() == layers[3].tobytes()
+        assert documented.width > 600
