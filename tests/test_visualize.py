@@ -322,6 +322,12 @@ def test_contact_sheet_refuses_no_columns() -> None:
         contact_sheet([Image.new("RGB", (8, 8))] * 3, torch.rand(1, 3, 4, 4), ["dog"], columns=0)
 
 
+def test_contact_sheet_refuses_more_columns_than_can_be_drawn() -> None:
+    frames = np.zeros((501, 2, 2, 3), np.uint8)
+    with pytest.raises(ConceptMapsValueError, match="a sheet of 501 columns; expected at most 500"):
+        contact_sheet(frames, torch.rand(1, 501, 2, 2), ["dog"], columns=None)
+
+
 def test_contact_sheet_refuses_other_numbers_of_names() -> None:
     with pytest.raises(ConceptMapsValueError, match=r"maps of shape \(2, 3, 4, 4\) for 1 concepts"):
         contact_sheet([Image.new("RGB", (8, 8))] * 3, torch.rand(2, 3, 4, 4), ["dog"])

@@ -22,6 +22,7 @@ from diffusers_concept_maps.visualize.overlay import normalized, scale_of
 
 _CELL, _LABEL, _LEGEND, _HEADING, _LOWEST = 1.1, 1.35, 0.95, 0.22, 0.44  # inches
 _LINE = 0.16  # inches from one line of text to the next
+_COLUMNS = 500  # as wide as matplotlib draws
 
 
 def contact_sheet(
@@ -52,8 +53,8 @@ def contact_sheet(
         An RGB picture.
 
     Raises:
-        ConceptMapsValueError: the number of names is not that of the maps, no columns, no such color map, or scores
-            that are not finite.
+        ConceptMapsValueError: the number of names is not that of the maps, no columns or more than 500, no such
+            color map, or scores that are not finite.
         ConceptMapsError: matplotlib is not installed.
     """
     if maps.ndim != 4 or len(concepts) != maps.shape[0]:
@@ -64,6 +65,10 @@ def contact_sheet(
         raise ConceptMapsValueError(f"columns is {columns}; expected at least 1, or None for every frame")
     pictures = as_pictures(frames)
     shown = np.linspace(0, len(pictures) - 1, min(columns or len(pictures), len(pictures))).round().astype(int)
+    if len(shown) > _COLUMNS:
+        raise ConceptMapsValueError(
+            f"a sheet of {len(shown)} columns; expected at most {_COLUMNS}, such as columns=100"
+        )
     width, height = pictures[0].size
     (title, *names), fonts = legible([title, *concepts])
     sheet = _Sheet(len(concepts) + 1, len(shown), height / width, title, fonts, colormap)
