@@ -1,8 +1,11 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all, and their names."""
 
 from __future__ import annotations
 
 import os
+import re
+import tempfile
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,3 +39,43 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder beside `path` to write to, which becomes `path` at the end of the block.
+
+    If the block raises, nothing of it is left.
+
+    Args:
+        path: the folder to make; one that is there already has to be empty. Folders above it are made.
+
+    Yields:
+        An empty folder.
+
+    Raises:
+        ConceptMapsError: there is something of that name already.
+    """
+    target = Path(path).absolute()
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ConceptMapsError(f"{os.fspath(path)!r} is there already and not empty; name a new folder")
+    made = [folder for folder in target.parents if not folder.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.partial-", dir=target.parent) as name:
+            partial = Path(name) / "folder"
+            partial.mkdir()
+            yield partial
+            if target.exists():
+                target.rmdir()
+            partial.rename(target)
+    finally:
+        for folder in made:
+            if folder.exists() and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def slug(text: str) -> str:
+    """A short file-name part of ASCII letters, digits and dashes; what has none becomes "concept"."""
+    ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9]+", "-", ascii_text).strip("-")[:40].strip("-") or "concept"

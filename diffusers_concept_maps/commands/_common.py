@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import re
 import tempfile
-import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from diffusers_concept_maps.errors import ConceptMapsError
+from diffusers_concept_maps.files import slug as slug
 
 
 def positive(text: str) -> int:
@@ -93,12 +92,6 @@ def _text_length(pipe: Any) -> dict[str, int]:
     transformer = getattr(pipe, "transformer", None)
     length = None if transformer is None else transformer.config.get("max_text_seq_length")
     return {} if length is None else {"max_sequence_length": length}
-
-
-def slug(text: str) -> str:
-    """A short file-name part of ASCII letters, digits and dashes; what has none becomes "concept"."""
-    ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
-    return re.sub(r"[^a-z0-9]+", "-", ascii_text).strip("-")[:40].strip("-") or "concept"
 
 
 def printable(text: str) -> str:

@@ -11,11 +11,12 @@ EXTRA = ("matplotlib", "imageio_ffmpeg")
 """The modules of the `viz` extra that pictures and videos need."""
 
 
-def require(module: str) -> ModuleType:
-    """Import a module of the `viz` extra, at its first use.
+def require(module: str, extra: str = "viz") -> ModuleType:
+    """Import a module of an extra, at its first use.
 
     Args:
         module: its dotted name.
+        extra: the extra that brings it.
 
     Raises:
         ConceptMapsError: it cannot be imported; the message says what to install.
@@ -24,5 +25,6 @@ def require(module: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise ConceptMapsError(
-            f'pictures and videos need {module} ({error}); install it with: pip install "diffusers-concept-maps[viz]"'
+            f"pictures and videos need {module} ({error}); install it with: "
+            f'pip install "diffusers-concept-maps[{extra}]"'
         ) from error
