@@ -18,9 +18,10 @@ from diffusers_concept_maps.visualize.export._base import Format, Picture, Write
 
 _INPUT = {1: "gray16le", 3: "rgb48le", 4: "rgba64le"}  # by number of channels
 _BT709 = (
-    "-vf", "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int",
-    "-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv",
-)  # fmt: skip
+    "-vf",
+    "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int,"
+    "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709",
+)
 _FFV1: dict[int, tuple[str, ...]] = {
     channels: ("-c:v", "ffv1", "-level", "3", "-g", "1", "-slicecrc", "1", "-pix_fmt", pixels)
     for channels, pixels in {1: "gray16le", 3: "gbrp16le", 4: "gbrap16le"}.items()
