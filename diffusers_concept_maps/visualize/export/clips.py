@@ -59,7 +59,7 @@ class Clips:
 
 def write_clips(clips: Clips, folder: Path, manifest: Manifest) -> None:
     """A file for each concept, layer, step and head that is asked for: `00_red/layer-02_step-019.mkv`."""
-    per = tuple(clips.settings.per)
+    per = clips.settings.clip_axes
     for concept in clips.concepts:
         below = folder / clips.stem(concept)
         below.mkdir(exist_ok=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from diffusers_concept_maps.detail import AXES, check_axes
+from diffusers_concept_maps.detail import AXES
 from diffusers_concept_maps.errors import ConceptMapsValueError
 from diffusers_concept_maps.visualize.export._base import Format
 from diffusers_concept_maps.visualize.export.formats import FORMATS
@@ -67,7 +67,8 @@ class ExportSettings:
 
     def __post_init__(self) -> None:
         """Check what can be checked without the maps."""
-        object.__setattr__(self, "per", check_axes(self.per))
+        if isinstance(self.per, str) or set(self.per) - set(AXES):
+            raise ConceptMapsValueError(f"per is {self.per!r}; expected a list out of {', '.join(AXES)}")
         choices = {"columns": AXES, "file_format": FORMATS, "look": LOOKS, "scale": SCALES}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -90,9 +91,14 @@ class ExportSettings:
         return FORMATS[self.file_format]
 
     @property
+    def clip_axes(self) -> tuple[str, ...]:
+        """The axes of `per` in the order of `detail.AXES`."""
+        return tuple(axis for axis in AXES if axis in self.per)
+
+    @property
     def needed_axes(self) -> tuple[str, ...]:
         """The axes that the maps must have kept."""
-        needed = set(self.per) if "clips" in self.products else set()
+        needed = set(self.clip_axes) if "clips" in self.products else set()
         needed |= {self.columns} if "grid" in self.products else set()
         needed |= {"step"} if "sharpening" in self.products else set()
         chosen = {"layer": self.layers, "step": self.steps, "head": self.heads}
