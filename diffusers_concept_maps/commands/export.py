@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from diffusers_concept_maps.errors import ConceptMapsValueError
 if TYPE_CHECKING:
     from diffusers_concept_maps.visualize.export import ExportSettings
 
-_GENERATING = ("prompt", "model", "words", "steps", "guidance_scale", "keep_maps")
+_GENERATING = ("prompt", "model", "words", "tokens", "steps", "guidance_scale", "keep_maps")
 
 
 def register(commands: Any) -> None:
@@ -40,7 +41,10 @@ def register(commands: Any) -> None:
 def _add_generation(group: Any) -> None:
     group.add_argument("--prompt", help=f"default: {DEFAULT_PROMPT!r}, for the embedded model")
     group.add_argument("--model", metavar="PATH_OR_HUB_ID", help="a diffusers pipeline; default: the embedded model")
-    group.add_argument("--words", action="store_true", help="every word of the prompt; default unless --concepts")
+    group.add_argument(
+        "--words", action="store_true", help="every word of the prompt; default unless --tokens or --concepts"
+    )
+    group.add_argument("--tokens", action="store_true", help="every token of the prompt, sub-words and marks too")
     group.add_argument(
         "--steps", type=positive, help="denoising steps; default: the pipeline's, 20 for the embedded model"
     )
@@ -151,19 +155,48 @@ def _settings(options: argparse.Namespace) -> ExportSettings:
 
 
 def _generate(options: argparse.Namespace, settings: ExportSettings, folder: Path) -> None:
-    """The video, and an export of the words of its prompt, of concepts, or of both, each from a run of its own."""
+    """The video, and an export of concepts, words and tokens of its prompt, each from a run of its own."""
     if options.model is not None and options.prompt is None:
         raise ConceptMapsValueError("a model of your own needs a --prompt; only the embedded one has a default")
     pipe, call = load_pipeline(options.model, options.steps, options.guidance_scale)
     call["prompt"] = DEFAULT_PROMPT if options.prompt is None else options.prompt
-    if options.words or options.concepts is None:
-        _run(options, replace(settings, concepts=None), folder, pipe, call, "words")
+    targets: dict[str, dict[str, Any]] = {}
     if options.concepts is not None:
-        _run(options, settings, folder, pipe, call, "concepts")
+        targets["concepts"] = {"concepts": options.concepts}
+    if options.tokens:
+        targets["tokens"] = {"target": "prompt", "prompt_tokens": _tokens(pipe, call)}
+    if options.words or not targets:
+        targets["words"] = {"target": "prompt"}
+    for kind, target in targets.items():
+        own = settings if kind == "concepts" else replace(settings, concepts=None)
+        _run(options, own, folder / kind, pipe, call, target)
+
+
+def _tokens(pipe: Any, call: dict[str, Any]) -> dict[str, list[int]]:
+    """Every token of the prompt by a name of its number and its characters.
+
+    Raises:
+        ConceptMapsValueError: the pipeline does not tell how many tokens it takes.
+    """
+    from diffusers_concept_maps.backbones import find_backbone, find_transformers, uncompiled
+
+    backbone = find_backbone(uncompiled(find_transformers(pipe)[0]))
+    usual = inspect.signature(type(pipe).__call__).parameters.get("max_sequence_length")
+    length = call.get("max_sequence_length", None if usual is None else usual.default)
+    if not isinstance(length, int):
+        raise ConceptMapsValueError(f"{type(pipe).__name__} does not tell how many tokens it takes; use --words")
+    prompt = backbone.clean(call["prompt"])
+    spans = enumerate(backbone.token_spans(pipe, prompt, length))
+    return {f"{number} {prompt[start:stop]}": [number] for number, (start, stop) in spans if stop > start}
 
 
 def _run(
-    options: argparse.Namespace, settings: ExportSettings, folder: Path, pipe: Any, call: dict[str, Any], kind: str
+    options: argparse.Namespace,
+    settings: ExportSettings,
+    folder: Path,
+    pipe: Any,
+    call: dict[str, Any],
+    target: dict[str, Any],
 ) -> None:
     """One generation and its export; the seed makes the frames of several ones the same."""
     import torch
@@ -173,23 +206,15 @@ def _run(
     from diffusers_concept_maps.visualize.overlay import as_pictures
 
     method, detail = options.method or "cross_attention", settings.needed_axes
-    file = folder / f"{kind}.safetensors"
+    file = folder.with_suffix(".safetensors")
+    capture = {"methods": [method], "detail": detail, "detail_path": file if detail else None}
     generator = torch.Generator().manual_seed(options.seed)
-    with trace(
-        pipe,
-        options.concepts if kind == "concepts" else None,
-        methods=[method],
-        target="concepts" if kind == "concepts" else "prompt",
-        detail=detail,
-        detail_path=file if detail else None,
-        **_everything(pipe, settings),
-    ) as maps:
+    with trace(pipe, **target, **capture, **_everything(pipe, settings)) as maps:
         output = pipe(**call, generator=generator)
     pictures = as_pictures(output.frames[0] if hasattr(output, "frames") else output.images[:1])
-    write_pictures(folder / "video", pictures, settings.fps)
+    write_pictures(folder.with_name("video"), pictures, settings.fps)
     video = settings.video or (len(pictures), pictures[0].height, pictures[0].width)
-    source = file if detail else maps
-    export(source, folder / kind, replace(settings, video=video), summary=maps)
+    export(file if detail else maps, folder, replace(settings, video=video), summary=maps)
     if not options.keep_maps:
         file.unlink(missing_ok=True)
     elif not detail:
