@@ -60,8 +60,8 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ConceptMapsError(f"{os.fspath(path)!r} is there already and not empty; name a new folder")
     made = [folder for folder in target.parents if not folder.exists()]
-    target.parent.mkdir(parents=True, exist_ok=True)
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.partial-", dir=target.parent) as name:
             partial = Path(name) / "folder"
             partial.mkdir()

@@ -18,7 +18,8 @@ from diffusers_concept_maps.shapes.model import GUIDANCE_SCALE, STEPS
 from diffusers_concept_maps.shapes.suite.frozen import EVALUATION_SEED
 from diffusers_concept_maps.shapes.suite.tracking import tracked_clips
 from diffusers_concept_maps.visualize.figure import contact_sheet
-from diffusers_concept_maps.visualize.frames import as_pictures, enlarge
+from diffusers_concept_maps.visualize.frames import as_pictures
+from diffusers_concept_maps.visualize.overlay import enlarge
 from diffusers_concept_maps.visualize.trails import draw_tracks
 from diffusers_concept_maps.visualize.video import write_image
 
@@ -55,6 +56,9 @@ def main() -> None:
         cli.main(["encode", str(folder / "video.mp4"), *options, "--out", str(folder / "encoded")])
         shutil.copyfile(folder / "encoded" / "contact_sheet.png", IMAGES / "encode.png")
         write_image(IMAGES / "overlay.png", overlays(folder))
+        cli.main(["export", "--make", "grid", "--most-columns", "8", "--out", str(folder / "export")])
+        with Image.open(folder / "export" / "words" / "grid_step" / "00003.png") as page:
+            write_image(IMAGES / "export.png", page.quantize())
     pipe = dcm.load_shapes_pipeline()
     with dcm.trace(pipe, generate.DEFAULT_CONCEPTS, methods=METHODS) as maps:
         frames = pipe(

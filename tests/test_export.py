@@ -108,6 +108,16 @@ def test_what_was_not_recorded_is_named_and_has_no_part_in_means(tmp_path: Path)
     assert [entry["path"] for entry in entries(tmp_path / "b")] == [None] * 4 + ["grid_layer"]
 
 
+@pytest.mark.parametrize("score", [np.nan, np.inf])
+def test_scores_that_are_no_numbers_are_refused(score: float, tmp_path: Path) -> None:
+    values = scores(2)
+    values[1, 0, 1, 2, 3, 4] = score
+    file = detail_file(tmp_path / "maps.safetensors", values, layer=LAYERS)
+    message = "the map of 'sky' at {'layer': 5} holds scores that are infinite or not a number"
+    with pytest.raises(ConceptMapsValueError, match=message):
+        export(file, tmp_path / "out", ExportSettings(per=["layer"]))
+
+
 def test_scales(file: Path, tmp_path: Path) -> None:
     for scale in ("clip", "file", "frame"):
         out = tmp_path / scale

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from diffusers_concept_maps.errors import ConceptMapsError
-from diffusers_concept_maps.files import whole_file
+from diffusers_concept_maps.files import whole_file, whole_folder
 
 
 def write(path: Path | str, seen: list[Path]) -> None:
@@ -71,3 +71,42 @@ def test_a_name_is_relative_to_the_folder_at_the_start(tmp_path: Path, monkeypat
         monkeypatch.chdir("other")
         partial.write_text("new")
     assert (tmp_path / "-y.txt").read_text() == "new"
+
+
+def test_a_folder_appears_at_the_end(tmp_path: Path) -> None:
+    with whole_folder(tmp_path / "a" / "b") as partial:
+        (partial / "inside").mkdir()
+        assert not (tmp_path / "a" / "b").exists()
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == ["a", "a/b", "a/b/inside"]
+
+
+@pytest.mark.parametrize("raised", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("empty", [True, False])
+def test_an_exception_leaves_no_folder(raised: type[BaseException], empty: bool, tmp_path: Path) -> None:
+    target = tmp_path / "empty" if empty else tmp_path / "a" / "b" / "c"
+    if empty:
+        target.mkdir()
+
+    def write_half() -> None:
+        with whole_folder(target) as partial:
+            (partial / "file").touch()
+            raise raised
+
+    with pytest.raises(raised):
+        write_half()
+    assert list(tmp_path.rglob("*")) == ([target] if empty else [])
+
+
+def test_a_folder_is_empty_or_new(tmp_path: Path) -> None:
+    def write(name: str) -> None:
+        with whole_folder(tmp_path / name) as partial:
+            (partial / "file").touch()
+
+    (tmp_path / "empty").mkdir()
+    write("empty")
+    for taken in ("empty", "empty/file"):
+        with pytest.raises(ConceptMapsError, match=f"{taken}' is there already and not empty; name a new folder$"):
+            write(taken)
+    with pytest.raises(FileExistsError):
+        write("empty/file/folder")
+    assert os.listdir(tmp_path / "empty") == ["file"]

@@ -207,9 +207,9 @@ def _run(
 
     method, detail = options.method or "cross_attention", settings.needed_axes
     file = folder.with_suffix(".safetensors")
-    capture = {"methods": [method], "detail": detail, "detail_path": file if detail else None}
+    capture: dict[str, Any] = {"detail": detail, "detail_path": file if detail else None, **target}
     generator = torch.Generator().manual_seed(options.seed)
-    with trace(pipe, **target, **capture, **_everything(pipe, settings)) as maps:
+    with trace(pipe, methods=[method], **capture, **_everything(pipe, settings)) as maps:
         output = pipe(**call, generator=generator)
     pictures = as_pictures(output.frames[0] if hasattr(output, "frames") else output.images[:1])
     write_pictures(folder.with_name("video"), pictures, settings.fps)

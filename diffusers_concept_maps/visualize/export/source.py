@@ -74,6 +74,9 @@ class Source:
         Returns:
             float32 `[frame, height, width]`, without the first axis where a frame is named. What was not recorded has
             no part in the mean; where nothing was, it is NaN.
+
+        Raises:
+            ConceptMapsValueError: a score of what was recorded is infinite or not a number.
         """
         open_axes = tuple(name for name in self.axes if name not in place)
         behind = (video, concept) if frame is None else (video, concept, frame)
@@ -85,6 +88,10 @@ class Source:
             if not np.isnan(scores).all():
                 total += scores
                 count += 1
+        if not np.isfinite(total).all():
+            raise ConceptMapsValueError(
+                f"the map of {self.concepts[concept]!r} at {dict(place)} holds scores that are infinite or not a number"
+            )
         return (total / count if count else np.full_like(total, np.nan)).astype(np.float32)
 
 
