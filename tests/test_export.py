@@ -113,7 +113,7 @@ def test_scores_that_are_no_numbers_are_refused(score: float, tmp_path: Path) ->
     values = scores(2)
     values[1, 0, 1, 2, 3, 4] = score
     file = detail_file(tmp_path / "maps.safetensors", values, layer=LAYERS)
-    message = "the map of 'sky' at {'layer': 5} holds scores that are infinite or not a number"
+    message = "the map of 'sky' at {'layer': 5} has scores that are infinite or no numbers"
     with pytest.raises(ConceptMapsValueError, match=message):
         export(file, tmp_path / "out", ExportSettings(per=["layer"]))
 

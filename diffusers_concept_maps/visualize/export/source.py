@@ -90,7 +90,7 @@ class Source:
                 count += 1
         if not np.isfinite(total).all():
             raise ConceptMapsValueError(
-                f"the map of {self.concepts[concept]!r} at {dict(place)} holds scores that are infinite or not a number"
+                f"the map of {self.concepts[concept]!r} at {dict(place)} has scores that are infinite or no numbers"
             )
         return (total / count if count else np.full_like(total, np.nan)).astype(np.float32)
 
