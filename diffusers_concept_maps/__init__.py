@@ -18,6 +18,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "AttentionEdit": "edits",
     "ConceptAttnProcessor": "processors",
     "ConceptMap": "concept_map",
     "ConceptMaps": "maps",
@@ -30,6 +31,7 @@ _HOME = {
     "backbones": "",
     "concept_attn_processors": "processors",
     "cross_attention_guidance": "correspondence.guidance",
+    "edit_attention": "editing",
     "encode": "encoding",
     "load": "maps",
     "load_shapes_pipeline": "shapes.model",
@@ -41,6 +43,7 @@ _HOME = {
 }
 
 __all__ = [
+    "AttentionEdit",
     "ConceptAttnProcessor",
     "ConceptMap",
     "ConceptMaps",
@@ -53,6 +56,7 @@ __all__ = [
     "backbones",
     "concept_attn_processors",
     "cross_attention_guidance",
+    "edit_attention",
     "encode",
     "load",
     "load_shapes_pipeline",

@@ -200,7 +200,7 @@ def check_free(transformer: Any, sites: list[Site], slot: str = "recorder") -> N
 def _check_processor(transformer: Any, layer: int, installed: Any, slot: str) -> None:
     if isinstance(installed, ConceptProcessor):
         if getattr(installed, slot) is not None:
-            what = "traced" if slot == "recorder" else "guided"
+            what = {"recorder": "traced", "guide": "guided", "editor": "edited"}[slot]
             raise ConceptMapsError(
                 f"this {type(transformer).__name__} is being {what} already; leave the other `with` block first"
             )
@@ -211,6 +211,19 @@ def _check_processor(transformer: Any, layer: int, installed: Any, slot: str) ->
             f"layer {layer} has the attention processor {type(installed).__name__}, which cannot be traced; put "
             f"the model's own processor or one of concept_attn_processors() back first"
         )
+
+
+def check_without(transformer: Any, slot: str, what: str) -> None:
+    """Raise if something is attached that another attachment does not go with.
+
+    Args:
+        transformer: the model.
+        slot: of the former, see `PassListener.slot`.
+        what: the two, for the error.
+    """
+    processors = (getattr(module, "processor", None) for module in transformer.modules())
+    if any(getattr(processor, slot, None) is not None for processor in processors):
+        raise ConceptMapsError(f"{what} do not go together; leave the other `with` block first")
 
 
 def _expect_eager() -> None:

@@ -304,6 +304,30 @@ class PassListener(Generic[PassKind]):
         """
         raise NotImplementedError
 
+    def amend(
+        self,
+        heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        output: torch.Tensor,
+        *,
+        text: slice,
+        image: slice,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The attention output of image tokens that read text, as it is to be.
+
+        Args:
+            heads: query `[batch, H, S, D]` of the tokens of this call, after norms and rotary embedding, and likewise
+                key and value; where text is only read, key and value are those of the text tokens alone.
+            output: of the stock attention, before the output projection, in the shape of the query.
+            text: where the text tokens are among the keys.
+            image: where the image tokens are among the queries.
+            mask: as for `restrict`.
+
+        Returns:
+            In the shape of `output`, which is not written to.
+        """
+        raise NotImplementedError
+
     def _check_processors(self, transformer: nn.Module) -> None:
         """Say so, once, when processors were replaced since the capture began: their layers cannot be recorded."""
         replaced = {

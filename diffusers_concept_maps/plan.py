@@ -18,7 +18,7 @@ from diffusers_concept_maps.heads import HeadSelection
 from diffusers_concept_maps.indices import check_indices
 from diffusers_concept_maps.methods import SPACES, Method, Rules, find_method
 from diffusers_concept_maps.parity import TOKEN_POLICY, Parity, find_parity
-from diffusers_concept_maps.prompt import PromptTokens
+from diffusers_concept_maps.prompt import PromptTokens, check_words
 from diffusers_concept_maps.stream import READS
 
 NORMALIZATIONS = ("none", "softmax", "zscore")
@@ -285,17 +285,8 @@ def _prompt_targets(
         raise ConceptMapsValueError(
             f"branch is {request.branch!r}, but only the conditional branch has the words of the prompt; use 'cond'"
         )
-    if pipe is None and request.prompt_tokens is None:
-        raise ConceptMapsValueError("a bare transformer has no tokenizer; pass prompt_tokens={word: positions}")
-    positions = request.prompt_tokens
-    if positions is not None:
-        for word, tokens in positions.items():
-            check_indices(f"token of {word!r}", tokens, None)
-        concepts = list(positions) if concepts is None else concepts
-    names = None if concepts is None else check_concepts(concepts)
-    if positions is not None and names is not None and set(names) - set(positions):
-        raise ConceptMapsValueError(f"prompt_tokens has no positions of {sorted(set(names) - set(positions))}")
-    return names, PromptTokens(pipe, backbone, names, positions, official=parity is not None)
+    names = check_words(pipe, concepts, request.prompt_tokens)
+    return names, PromptTokens(pipe, backbone, names, request.prompt_tokens, official=parity is not None)
 
 
 def _check_methods(methods: Sequence[str]) -> Sequence[str]:

@@ -11,8 +11,35 @@ from typing import Any
 import torch
 
 from diffusers_concept_maps.backbones import Backbone
+from diffusers_concept_maps.concepts import check_concepts
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
+from diffusers_concept_maps.indices import check_indices
 from diffusers_concept_maps.tokens import find_tokens, words_of
+
+
+def check_words(
+    pipe: Any | None, words: Sequence[str] | None, positions: Mapping[str, Sequence[int]] | None
+) -> tuple[str, ...] | None:
+    """Names of the target words; None where they are all words of a prompt that is not known yet.
+
+    Args:
+        pipe: the pipeline; None for a bare transformer.
+        words: the words; None for those of `positions`, or for all.
+        positions: token positions of every word, where the caller knows them.
+
+    Raises:
+        ConceptMapsValueError: they cannot be found, or a word or position is none.
+    """
+    if pipe is None and positions is None:
+        raise ConceptMapsValueError("a bare transformer has no tokenizer; pass prompt_tokens={word: positions}")
+    if positions is not None:
+        for word, tokens in positions.items():
+            check_indices(f"token of {word!r}", tokens, None)
+        words = list(positions) if words is None else words
+    names = None if words is None else check_concepts(words)
+    if positions is not None and names is not None and set(names) - set(positions):
+        raise ConceptMapsValueError(f"prompt_tokens has no positions of {sorted(set(names) - set(positions))}")
+    return names
 
 
 @dataclass(frozen=True)
@@ -191,8 +218,8 @@ class PromptTokens:
             return [{name: sorted(set(positions)) for name, positions in self._given.items()}]
         if self._prompts is None or self._pipe is None:
             raise ConceptMapsError(
-                "target='prompt' needs the text of the prompt, and this run was given prompt_embeds; pass "
-                "prompt_tokens={word: positions}"
+                "words of the prompt cannot be found, because this run was given prompt_embeds in place of its text; "
+                "pass prompt_tokens={word: positions}"
             )
         if self._misleading is not None:
             raise ConceptMapsError(

@@ -73,9 +73,7 @@ def find_tokens(spans: Sequence[tuple[int, int]], prompt: str, word: str) -> lis
     pattern = r"\s+".join(re.escape(part) for part in word.split())
     places = [match.span() for match in re.finditer(rf"(?<![^\W_]){pattern}(?![^\W_])", prompt)]
     if not places:
-        raise ConceptMapsValueError(
-            f"{word!r} is not a word of the prompt {prompt!r}; with target='prompt' every concept must be in it"
-        )
+        raise ConceptMapsValueError(f"{word!r} is not a word of the prompt {prompt!r}; name words that are in it")
     if places[-1][1] > max(stop for _, stop in spans):
         raise ConceptMapsValueError(
             f"{word!r} lies beyond the {len(spans)} tokens of the prompt that the transformer sees; use a larger "

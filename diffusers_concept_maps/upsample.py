@@ -128,6 +128,26 @@ def spread_frames(
     return torch.lerp(maps[..., before, :, :], maps[..., after, :, :], weight.to(maps.dtype)[:, None, None])
 
 
+def gather_frames(
+    frames: torch.Tensor, tokens: int, *, frames_per_latent: int | None = None, latents_per_token: int = 1
+) -> torch.Tensor:
+    """The mean over the video frames that each token frame covers, as `spread_frames` has it.
+
+    Args:
+        frames: float `[frame, ...]`, one per video frame.
+        tokens: number of token frames; no more than video frames.
+        frames_per_latent: as for `spread_frames`.
+        latents_per_token: as for `spread_frames`.
+
+    Returns:
+        `[tokens, ...]` of the same dtype.
+    """
+    index = _covering(tokens, frames.shape[0], frames_per_latent, latents_per_token).to(frames.device)
+    total = frames.new_zeros(tokens, *frames.shape[1:]).index_add_(0, index, frames)
+    count = torch.bincount(index, minlength=tokens).clamp(min=1).to(frames)
+    return total / count.view(-1, *[1] * (frames.ndim - 1))
+
+
 def _between(covering: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of every video frame, the token frames before and after it, and the weight of the latter."""
     tokens, inverse, count = covering.unique(return_inverse=True, return_counts=True)

@@ -37,6 +37,7 @@ class Backbone(RealInput, ABC):
             False if each has a forward pass of its own, the conditional one first.
         parities: switches of `parity=` that are others for this family, by name.
         context_parallel: layers can be recorded under the host's context parallelism.
+        editable: attention to words of the prompt can be edited (`edit_attention`).
         prompt_arguments: of `encode_prompt`, what it may be given as the text whose tokens are the text stream; the
             first that is given is it.
     """
@@ -46,6 +47,7 @@ class Backbone(RealInput, ABC):
     batched_guidance: ClassVar[bool] = True
     parities: ClassVar[Mapping[str, Parity]] = {}
     context_parallel: ClassVar[bool] = False
+    editable: ClassVar[bool] = False
     prompt_arguments: ClassVar[tuple[str, ...]] = ("prompt",)
 
     @abstractmethod

@@ -33,6 +33,7 @@ class CogVideoXBackbone(JoiningBackbone):
     """
 
     transformer_classes: ClassVar[tuple[str, ...]] = ("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel")
+    editable: ClassVar[bool] = True
     presets: ClassVar[tuple[Preset, ...]] = (
         Preset(
             name="CogVideoX-2b",

@@ -49,6 +49,7 @@ class CosmosBackbone(CrossBackbone):
     """All of them; 2.5 is told by its text projection, 1 by its learned positions."""
 
     transformer_classes: ClassVar[tuple[str, ...]] = ("CosmosTransformer3DModel",)
+    editable: ClassVar[bool] = True
     batched_guidance: ClassVar[bool] = False
 
     def sites(self, transformer: Any) -> list[Site]:
@@ -253,7 +254,8 @@ class _CosmosProcessor(ConceptProcessor):
         linears = (attn.to_q(hidden_states), attn.to_k(text), attn.to_v(text))
         query, key, value = (_split_heads(attn, states) for states in linears)
         query, key = attn.norm_q(query), attn.norm_k(key)
-        output = _attend(query, key, value, mask)
+        output, whole = _attend(query, key, value, mask).transpose(1, 2), slice(0, None)
+        output = self.amend(attn, (query, key, value), output, text=whole, image=whole, mask=mask).transpose(1, 2)
         states = output.flatten(2, 3).type_as(query)
         if image is not None:
             states = states + _read_image(attn, hidden_states, image, image_mask)

@@ -39,6 +39,7 @@ class HunyuanVideoBackbone(JointBackbone):
     """
 
     transformer_classes: ClassVar[tuple[str, ...]] = ("HunyuanVideoTransformer3DModel",)
+    editable: ClassVar[bool] = True
     batched_guidance: ClassVar[bool] = False
     presets: ClassVar[tuple[Preset, ...]] = (
         Preset(
@@ -227,6 +228,7 @@ class HunyuanVideoConceptProcessor(ConceptProcessor):
                 backend=self._attention_backend,
                 parallel_config=self._parallel_config,
             )
+        output = self.amend(attn, shown, output.transpose(1, 2), text=text, image=image, mask=mask).transpose(1, 2)
         result = _finish(attn, output.flatten(2, 3).to(query.dtype), count)
         recorder.observe(attn, *shown, output.transpose(1, 2), text=text, image=image, mask=mask)
         return result

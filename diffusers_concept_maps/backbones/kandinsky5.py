@@ -62,6 +62,7 @@ class Kandinsky5Backbone(CrossBackbone):
     """Kandinsky 5 Lite and Pro; nothing is published on which of their layers or heads to use."""
 
     transformer_classes: ClassVar[tuple[str, ...]] = ("Kandinsky5Transformer3DModel",)
+    editable: ClassVar[bool] = True
     batched_guidance: ClassVar[bool] = False
 
     def sites(self, transformer: Any) -> list[Site]:
@@ -214,8 +215,10 @@ class ConceptKandinsky5AttnProcessor(ConceptProcessor, Kandinsky5AttnProcessor):
             output = attend_video(recorder, attn, (query, key, value), None, attend)
             return cast(torch.Tensor, attn.out_layer(output.flatten(-2, -1)))
         output = self._attend(query, key, value, None)  # of text it is dense, without positions
-        states = attn.out_layer(output.flatten(-2, -1))
-        query, output, key = (tensor.transpose(1, 2) for tensor in (query, output, key))
+        query, output, key, value = (tensor.transpose(1, 2) for tensor in (query, output, key, value))
+        whole = slice(0, None)
+        output = self.amend(attn, (query, key, value), output, text=whole, image=whole)
+        states = attn.out_layer(output.transpose(1, 2).flatten(-2, -1))
         recorder.observe_crossing(attn, query, output, key, partial(self.project_key, attn))
         return cast(torch.Tensor, states)
 

@@ -41,6 +41,7 @@ class LTXBackbone(CrossBackbone):
     """
 
     transformer_classes: ClassVar[tuple[str, ...]] = ("LTXVideoTransformer3DModel",)
+    editable: ClassVar[bool] = True
 
     def sites(self, transformer: Any) -> list[Site]:
         """See `Backbone.sites`."""
@@ -174,6 +175,9 @@ class ConceptLTXVideoAttnProcessor(ConceptProcessor, LTXVideoAttnProcessor):
             output = attend_video(recorder, attn, (query, key, value), attention_mask, attend)
         else:
             output = self._attend(query, key, value, attention_mask)
+            heads = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+            whole, output = slice(0, None), output.transpose(1, 2)
+            output = self.amend(attn, heads, output, text=whole, image=whole, mask=attention_mask).transpose(1, 2)
         result = attn.to_out[1](attn.to_out[0](output.flatten(2, 3).to(query.dtype)))
         if encoder_hidden_states is not None:
             query, output, key = (tensor.transpose(1, 2) for tensor in (query, output, key))

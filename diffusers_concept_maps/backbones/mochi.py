@@ -32,6 +32,7 @@ class MochiBackbone(JointBackbone):
     """Mochi 1; nothing is published of its layers."""
 
     transformer_classes: ClassVar[tuple[str, ...]] = ("MochiTransformer3DModel",)
+    editable: ClassVar[bool] = True
 
     def sites(self, transformer: Any) -> list[Site]:
         """See `Backbone.sites`."""
@@ -136,6 +137,7 @@ class ConceptMochiAttnProcessor2_0(ConceptProcessor, MochiAttnProcessor2_0):
         else:
             rows = range(hidden_states.shape[0])
             output = torch.cat([_attend_row(video, text, attention_mask, row) for row in rows], dim=0)
+        output = self.amend(attn, (query, key, value), output, text=at_text, image=at_image, mask=mask)
         states, text_states = output.transpose(1, 2).flatten(2, 3).tensor_split([count], dim=1)
         result = attn.to_out[1](attn.to_out[0](states)), _finish_text(attn, text_states)
         recorder.observe(attn, query, key, value, output, text=at_text, image=at_image, mask=mask)

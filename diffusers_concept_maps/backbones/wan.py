@@ -46,6 +46,7 @@ class WanBackbone(CrossBackbone):
     """
 
     transformer_classes: ClassVar[tuple[str, ...]] = ("WanTransformer3DModel", "WanVACETransformer3DModel")
+    editable: ClassVar[bool] = True
     presets: ClassVar[tuple[Preset, ...]] = (
         Preset(
             name="Wan 1.3B",
@@ -187,12 +188,14 @@ class WanConceptProcessor(ConceptProcessor):
         query, key, value = (_split_heads(attn, states) for states in (query, key, value))
         attend = partial(self._attend, splits=self.splits_video)
         states_image = None if image is None else attend(query, *_project_image(attn, image), None)
-        output = attend(query, key, value, attention_mask)
-        states = output.flatten(2, 3).type_as(query)
+        output = attend(query, key, value, attention_mask).transpose(1, 2)
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        whole = slice(0, None)
+        output = self.amend(attn, (query, key, value), output, text=whole, image=whole, mask=attention_mask)
+        states = output.transpose(1, 2).flatten(2, 3).type_as(query)
         if states_image is not None:
             states = states + states_image.flatten(2, 3).type_as(query)
         states = attn.to_out[1](attn.to_out[0](states))
-        query, output, key = (tensor.transpose(1, 2) for tensor in (query, output, key))
         recorder.observe_crossing(attn, query, output, key, partial(self.project_key, attn))
         return cast(torch.Tensor, states)
 

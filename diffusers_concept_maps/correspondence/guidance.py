@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from diffusers_concept_maps.attachment import Attachment, check_alike, check_free
+from diffusers_concept_maps.attachment import Attachment, check_alike, check_free, check_without
 from diffusers_concept_maps.backbones import Backbone, Site, find_backbone, find_transformers
 from diffusers_concept_maps.compiled import is_compiled
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
@@ -385,6 +385,7 @@ def _check(
             )
     for transformer, own in sites.items():
         check_free(transformer, own, _Guide.slot)
+        check_without(transformer, "editor", "guidance and edits of the attention")
         if any(is_compiled(module) for module in transformer.modules()):
             raise ConceptMapsError("guidance cannot change what torch.compile has compiled; guide it uncompiled")
     return _Settings(float(scale), check_indices("layer", layers, len(sites[transformers[0]])), start, stop, mode)

@@ -135,14 +135,14 @@ class ConceptAttnProcessor(ConceptProcessor):
         given = {name: value for name, value in arguments.items() if value is not None}
         delegate: Any = self.delegate(attn, given)
         carry_over(self, delegate)
-        delegate.recorder, delegate.guide = self.recorder, self.guide
+        delegate.recorder, delegate.guide, delegate.editor = self.recorder, self.guide, self.editor
         try:
             if isinstance(attn, AttentionModuleMixin):  # called by position, in the order of its own processor
                 count = max((place for place, name in enumerate(arguments, 1) if name in given), default=0)
                 return delegate(attn, hidden_states, *list(arguments.values())[:count])
             return delegate(attn, hidden_states, **given)
         finally:
-            delegate.recorder = delegate.guide = None
+            delegate.recorder = delegate.guide = delegate.editor = None
 
     def project_key(self, attn: nn.Module, text: torch.Tensor) -> torch.Tensor:
         """See `ConceptProcessor.project_key`."""

@@ -25,12 +25,14 @@ class ConceptProcessor:
     Attributes:
         recorder: the capture that reads this processor, set for its duration.
         guide: the guidance that this processor serves, set for its duration.
+        editor: what edits the attention to words of the prompt, set for its duration.
         stock: the class it is a drop-in for; None in the router and in processors that have nothing to show.
         fused: it is for modules whose projections are fused, or for others; None is for both.
     """
 
     recorder: PassListener[Any] | Relay | None = None
     guide: PassListener[Any] | None = None
+    editor: PassListener[Any] | None = None
     stock: ClassVar[type | None] = None
     fused: ClassVar[bool | None] = None
 
@@ -50,11 +52,26 @@ class ConceptProcessor:
         return getattr(type(attention), "_default_processor_cls", None) is cls.stock
 
     def listener(self, attention: Any) -> PassListener[Any] | Relay | None:
-        """Who is to be told of an attention call: the capture, or the guidance while a pass of its own runs."""
-        for listener in (self.recorder, self.guide):
+        """Who is to be told of an attention call: the capture, the guidance while a pass of its own runs, or edits."""
+        for listener in (self.recorder, self.guide, self.editor):
             if listener is not None and listener.records(attention):
                 return listener
         return None
+
+    def amend(
+        self,
+        attention: Any,
+        heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        output: torch.Tensor,
+        *,
+        text: slice,
+        image: slice,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The output of an attention call over text, with what is edited of it; see `PassListener.amend`."""
+        if self.editor is None or not self.editor.records(attention):
+            return output
+        return self.editor.amend(heads, output, text=text, image=image, mask=mask)
 
     def project_key(self, attn: Any, text: torch.Tensor) -> torch.Tensor:
         """Keys `[row, H, text, D]` of text as a cross-attention takes it `[row, text, width]`; in graphs needed alone.

@@ -74,6 +74,7 @@ class _SharedJointProcessor(ConceptProcessor):
             output = functional.scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, dropout_p=0.0, is_causal=False
             )
+        output = self.amend(attn, (query, key, value), output, text=slice(0, text), image=at_image, mask=mask)
         result = self._finish(attn, output, text, image)
         at_concepts = slice(text + image, None) if joined is not None else None
         recorder.observe(
