@@ -174,9 +174,8 @@ class Editor(PassListener[_Editing]):
         if share is None:
             assert edit.transform is not None  # the only other edit
             share = _transformed(edit.transform, present, grid)
-        wanted = torch.where(
-            weight == 1, share.to(present), torch.lerp(present, share.to(present), weight.to(present))
-        )
+        share, weight = share.to(present), weight.to(present)
+        wanted = torch.where(weight == 1, share, torch.lerp(present, share, weight))
         return share_bias(present, wanted, log_odds)
 
 

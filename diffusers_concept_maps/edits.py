@@ -18,7 +18,7 @@ _OPERATIONS = ("scale", "replace", "transform")
 
 @dataclass(frozen=True, eq=False)
 class AttentionEdit:
-    """What becomes of the attention that image tokens pay to words of the prompt; one of `scale`, `replace`, `transform`.
+    """What becomes of the attention of image tokens to words of the prompt: one of `scale`, `replace` and `transform`.
 
     The share of a word is the probability that a token of the video gives to all tokens of the word together, in one
     head of one layer. An edit gives it another share; the word's tokens keep their proportions, and so does whatever
@@ -52,8 +52,8 @@ class AttentionEdit:
         given = [name for name in _OPERATIONS if getattr(self, name) is not None]
         if len(given) != 1:
             raise ConceptMapsValueError(
-                f"an edit of {self.words!r} has {' and '.join(given) or 'none of ' + ', '.join(_OPERATIONS)}; expected "
-                f"exactly one of them. Use one edit for each"
+                f"an edit of {self.words!r} has {' and '.join(given) or 'nothing to do'}; expected exactly one of "
+                f"{', '.join(_OPERATIONS)}. Use one edit for each"
             )
         scale = self.scale
         if scale is not None and (
@@ -153,7 +153,7 @@ def _on_grid(name: str, tensor: torch.Tensor, grid: Grid, geometry: Mapping[str,
         frames = frames.expand(grid.frames, -1, -1)
     if frames.shape[0] < grid.frames:
         raise ConceptMapsValueError(
-            f"{name} has {frames.shape[0]} frames; expected 1, the {grid.frames} of the token grid, or those of the video"
+            f"{name} has {frames.shape[0]} frames; expected 1, the {grid.frames} of the token grid, or the video's"
         )
     if frames.shape[0] > grid.frames:
         frames = gather_frames(frames, grid.frames, **geometry)
