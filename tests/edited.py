@@ -35,24 +35,27 @@ def attention_edited(
     """Within the context PyTorch's attention is naive where image reads text, and edited in some layers."""
     stock, calls = torch.nn.functional.scaled_dot_product_attention, 0
     image = case.start + case.tokens + case.behind
-    sizes = (image + text, image + text) if case.joint else (image, text)
+    passed = {"Wan VACE": 2}.get(case.name, 0)  # the control blocks, which are no layers
+    per_layer = 2 if case.row_by_row else 1
 
     def attend(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: Any = None, **options: Any
     ) -> torch.Tensor:
         nonlocal calls
-        if (query.shape[2], key.shape[2]) != sizes:
+        words = key.shape[2] - (image if case.joint else 0)
+        sees_text = query.shape[2] == (key.shape[2] if case.joint else image) and 0 < words <= text
+        if not sees_text or (words < text and not case.row_by_row):
             return stock(query, key, value, attn_mask=attn_mask, **options)
         logits = query.double() @ key.double().mT / math.sqrt(query.shape[-1])
         if attn_mask is not None:
             logits = logits.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else logits + attn_mask
         weights = logits.softmax(-1)
-        if calls // (2 if case.row_by_row else 1) in layers:
+        if calls // per_layer - passed in layers:
             first = (0 if case.image_first or not case.joint else text) + case.start
             own = slice(first, first + case.tokens)
             for columns, rule in rules:
                 shift = image if case.joint and case.image_first else 0
-                places = [column + shift for column in columns]
+                places = [column + shift for column in columns if column < words]
                 part = weights[rows, :, own]
                 weights[rows, :, own] = give(part, places, rule(part[..., places].sum(-1)))
         calls += 1
@@ -61,6 +64,6 @@ def attention_edited(
     torch.nn.functional.scaled_dot_product_attention = attend
     try:
         yield
-        assert calls == case.layers * (2 if case.row_by_row else 1)
+        assert calls == (case.layers + passed) * per_layer
     finally:
         torch.nn.functional.scaled_dot_product_attention = stock

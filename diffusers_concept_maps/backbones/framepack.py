@@ -29,6 +29,7 @@ class FramepackBackbone(HunyuanVideoBackbone):
     """The FramePack transformers; nothing is published of their layers."""
 
     transformer_classes: ClassVar[tuple[str, ...]] = ("HunyuanVideoFramepackTransformer3DModel",)
+    editable: ClassVar[bool] = False
     presets: ClassVar[tuple[Preset, ...]] = ()
 
     def grid(self, transformer: Any, call: Mapping[str, Any]) -> Grid:

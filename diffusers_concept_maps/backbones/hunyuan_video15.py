@@ -28,6 +28,7 @@ class HunyuanVideo15Backbone(HunyuanVideoBackbone):
     """The HunyuanVideo 1.5 transformers; nothing is published of their layers."""
 
     transformer_classes: ClassVar[tuple[str, ...]] = ("HunyuanVideo15Transformer3DModel",)
+    editable: ClassVar[bool] = False
     presets: ClassVar[tuple[Preset, ...]] = ()
 
     def sites(self, transformer: Any) -> list[Site]:
