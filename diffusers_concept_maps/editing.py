@@ -62,11 +62,11 @@ def edit_attention(
     depth = len(sites[transformers[0]])
     picked = frozenset(range(depth)) if layers is None else check_indices("layer", layers, depth)
     numbers = None if steps is None else check_indices("step", steps, None)
-    names = check_words(pipe, list(dict.fromkeys(name for edit in chosen for name in edit.names)), prompt_tokens)
     active = [edit for edit in chosen if not edit.identity]
-    if not active or not picked:
+    if not active:
         yield
         return
+    names = check_words(pipe, list(dict.fromkeys(name for edit in active for name in edit.names)), prompt_tokens)
     assert names is not None  # words were given
     prompt = PromptTokens(pipe, backbone, names, prompt_tokens, official=False)
     geometry = backbone.geometry(transformers[0])

@@ -218,8 +218,8 @@ class PromptTokens:
             return [{name: sorted(set(positions)) for name, positions in self._given.items()}]
         if self._prompts is None or self._pipe is None:
             raise ConceptMapsError(
-                "words of the prompt cannot be found, because this run was given prompt_embeds in place of its text; "
-                "pass prompt_tokens={word: positions}"
+                "the words of the prompt are not known, because this run was given prompt_embeds; pass "
+                "prompt_tokens={word: positions}"
             )
         if self._misleading is not None:
             raise ConceptMapsError(

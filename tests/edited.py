@@ -48,7 +48,9 @@ def attention_edited(
             return stock(query, key, value, attn_mask=attn_mask, **options)
         logits = query.double() @ key.double().mT / math.sqrt(query.shape[-1])
         if attn_mask is not None:
-            logits = logits.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else logits + attn_mask
+            logits = (
+                logits.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else logits + attn_mask
+            )
         weights = logits.softmax(-1)
         if calls // per_layer - passed in layers:
             first = (0 if case.image_first or not case.joint else text) + case.start

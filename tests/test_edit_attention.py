@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
-from backbones import tiny_cogvideox as tiny
 from backbones._case import Case, find_cases, in_double, seeded
 from backbones.test_contract import output_of
-from diffusers import CogVideoXPipeline, PyramidAttentionBroadcastConfig
-from edited import Rule, attention_edited, give, scaled
-from test_undo import Boom, assert_same, boom, snapshot
+from edited import Rule, attention_edited, scaled
+from test_undo import assert_same, snapshot
 
-import diffusers_concept_maps as dcm
 from diffusers_concept_maps import AttentionEdit, edit_attention
-from diffusers_concept_maps.amending import AmendedAttention
 from diffusers_concept_maps.backbones import find_backbone
 
 CASES = {case.name: case for case in find_cases() if find_backbone(case.make()).editable}
@@ -51,7 +46,10 @@ def edits_of(case: Case, kind: str) -> tuple[list[AttentionEdit], list[tuple[Seq
             [AttentionEdit("sky", replace=soft[0])],
             [([2], of_grid(case, lambda share: soft[0].double() * everywhere))],
         ),
-        "transform": ([AttentionEdit("dog", transform=flipped)], [([1, 3], of_grid(case, lambda x: 0.9 * x.flip(-1)))]),
+        "transform": (
+            [AttentionEdit("dog", transform=flipped)],
+            [([1, 3], of_grid(case, lambda x: 0.9 * x.flip(-1)))],
+        ),
         "several": (
             [
                 AttentionEdit("dog", scale=3.0),
