@@ -18,7 +18,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "AttentionEdit": "edits",
+    "AttentionEdit": "editing.edits",
     "ConceptAttnProcessor": "processors",
     "ConceptMap": "concept_map",
     "ConceptMaps": "maps",
@@ -31,7 +31,7 @@ _HOME = {
     "backbones": "",
     "concept_attn_processors": "processors",
     "cross_attention_guidance": "correspondence.guidance",
-    "edit_attention": "editing",
+    "edit_attention": "editing.attach",
     "encode": "encoding",
     "load": "maps",
     "load_shapes_pipeline": "shapes.model",

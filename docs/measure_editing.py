@@ -1,6 +1,6 @@
 """How far edits of the attention move what the embedded model draws: the table of docs/editing.md.
 
-    python docs/measure_editing.py [--clips 64]
+    python docs/measure_editing.py [--clips 32]
 
 Every row is one edit of the same clips, seed by seed. Pixels are told apart by the palette of the scenes.
 """
@@ -8,7 +8,7 @@ Every row is one edit of the same clips, seed by seed. Pixels are told apart by 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -21,35 +21,29 @@ from diffusers_concept_maps.shapes.scenes import COLORS, HEIGHT, WIDTH
 ONE = "a red circle standing still on dark background"
 TWO = "a red circle standing still and a blue square standing still on dark background"
 RED, BLUE = (list(COLORS).index(color) for color in ("red", "blue"))
-BATCH = 16
+BATCH, DRAWS = 16, 10_000
 LEFT = (torch.arange(WIDTH) < WIDTH // 2).expand(HEIGHT, WIDTH)
+
+
+def side(words: str, left: float, right: float) -> list[AttentionEdit]:
+    """Words whose probabilities are multiplied by one number in the left half, and by another in the right one."""
+    return [AttentionEdit(words, scale=scale, mask=mask) for scale, mask in ((left, LEFT), (right, ~LEFT))]
+
+
 EDITS: dict[str, tuple[str, list[AttentionEdit]]] = {
-    "one: none": (ONE, []),
-    "one: red x 0, left": (ONE, [AttentionEdit("red", scale=0.0, mask=LEFT)]),
-    "one: red x 8, left": (ONE, [AttentionEdit("red", scale=8.0, mask=LEFT)]),
-    "one: red circle x 0, left": (ONE, [AttentionEdit("red circle", scale=0.0, mask=LEFT)]),
-    "one: red circle x 8, left": (ONE, [AttentionEdit("red circle", scale=8.0, mask=LEFT)]),
-    "one: red x 0, everywhere": (ONE, [AttentionEdit("red", scale=0.0)]),
-    "two: none": (TWO, []),
-    "two: colors x 8 and x 0, red left": (
-        TWO,
-        [
-            *(AttentionEdit("red", scale=scale, mask=mask) for scale, mask in ((8.0, LEFT), (0.0, ~LEFT))),
-            *(AttentionEdit("blue", scale=scale, mask=mask) for scale, mask in ((0.0, LEFT), (8.0, ~LEFT))),
-        ],
-    ),
-    "two: objects x 8 and x 0, red left": (
-        TWO,
-        [
-            *(AttentionEdit("red circle", scale=scale, mask=mask) for scale, mask in ((8.0, LEFT), (0.0, ~LEFT))),
-            *(AttentionEdit("blue square", scale=scale, mask=mask) for scale, mask in ((0.0, LEFT), (8.0, ~LEFT))),
-        ],
-    ),
-    "two: red mirrored": (TWO, [AttentionEdit("red", transform=lambda share: share.flip(-1))]),
+    "one object, no edit": (ONE, []),
+    "`red` x 0 on the left": (ONE, side("red", 0.0, 1.0)),
+    "`red` x 8 on the left": (ONE, side("red", 8.0, 1.0)),
+    "`red circle` x 0 on the left": (ONE, side("red circle", 0.0, 1.0)),
+    "`red circle` x 8 on the left": (ONE, side("red circle", 8.0, 1.0)),
+    "two objects, no edit": (TWO, []),
+    "`red` left, `blue` right": (TWO, side("red", 8.0, 0.0) + side("blue", 0.0, 8.0)),
+    "`red circle` left, `blue square` right": (TWO, side("red circle", 8.0, 0.0) + side("blue square", 0.0, 8.0)),
+    "`red` mirrored": (TWO, [AttentionEdit("red", transform=lambda share: share.flip(-1))]),
 }
 
 
-def clips_of(pipe: dcm.backbones.Backbone, prompt: str, edits: list[AttentionEdit], clips: int) -> torch.Tensor:
+def clips_of(pipe: Any, prompt: str, edits: list[AttentionEdit], clips: int) -> torch.Tensor:
     """`[clip, frame, 3, height, width]` in 0..1, clip `i` from the noise of seed `i`."""
     made = []
     for start in range(0, clips, BATCH):
@@ -60,40 +54,44 @@ def clips_of(pipe: dcm.backbones.Backbone, prompt: str, edits: list[AttentionEdi
     return torch.cat(made)
 
 
-def interval(values: torch.Tensor, draws: int = 10_000) -> tuple[float, float, float]:
-    """Mean of `[clip]` and its 95% bootstrap interval."""
-    generator = torch.Generator().manual_seed(0)
-    means = values[torch.randint(len(values), (draws, len(values)), generator=generator)].mean(1)
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
-    return values.mean().item(), low, high
+def counts(clips: torch.Tensor) -> torch.Tensor:
+    """Red and blue pixels per frame, left and right of the middle, float64 `[clip, color, side]`."""
+    labels = segment(clips)
+    halves = torch.stack([labels == RED, labels == BLUE], 1).unflatten(-1, (2, WIDTH // 2))
+    return halves.sum((3, 5)).double().mean(2)
 
 
-MEASURES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "red, left": lambda labels: (labels == RED)[..., : WIDTH // 2].sum((2, 3)).double().mean(1),
-    "red, right": lambda labels: (labels == RED)[..., WIDTH // 2 :].sum((2, 3)).double().mean(1),
-    "blue, left": lambda labels: (labels == BLUE)[..., : WIDTH // 2].sum((2, 3)).double().mean(1),
-    "blue, right": lambda labels: (labels == BLUE)[..., WIDTH // 2 :].sum((2, 3)).double().mean(1),
-}
+def share_left(pixels: torch.Tensor, color: int) -> torch.Tensor:
+    """The share of a color's pixels that is on the left, in percent, over the clips `[..., clip, color, side]`."""
+    left, right = pixels[..., color, :].sum(-2).unbind(-1)
+    return 100 * left / (left + right)
+
+
+def bounds(values: torch.Tensor) -> str:
+    """The middle 95% of draws."""
+    low, high = values.nanquantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+    return f"{low:.0f} to {high:.0f}"
 
 
 def main() -> None:
-    """Print a line for every edit: pixels per frame, and the difference to the same clips without it."""
+    """Print a line for every edit; intervals are bootstraps over clips, differences of the same clips."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--clips", type=int, default=64)
+    parser.add_argument("--clips", type=int, default=32)
     clips = parser.parse_args().clips
     pipe = dcm.load_shapes_pipeline()
     pipe.set_progress_bar_config(disable=True)
+    draws = torch.randint(clips, (DRAWS, clips), generator=torch.Generator().manual_seed(0))
     stock: dict[str, torch.Tensor] = {}
+    print("| edit | color | on the left, % | change, points | pixels per frame |\n|---|---|---|---|---|")
     for name, (prompt, edits) in EDITS.items():
-        labels = segment(clips_of(pipe, prompt, edits, clips))
-        for measure, count in MEASURES.items():
-            pixels = count(labels)
-            if not edits:
-                stock[prompt + measure] = pixels
-            mean, low, high = interval(pixels)
-            change, least, most = interval(pixels - stock[prompt + measure])
-            difference = f"{change:+.1f} [{least:+.1f}, {most:+.1f}]" if edits else ""
-            print(f"| {name} | {measure} | {mean:.1f} [{low:.1f}, {high:.1f}] | {difference} |", flush=True)
+        pixels = counts(clips_of(pipe, prompt, edits, clips))
+        before = stock.setdefault(prompt, pixels)
+        for color, word in enumerate(("red", "blue")[: 1 if prompt == ONE else 2]):
+            share, old = (share_left(what[draws], color) for what in (pixels, before))
+            mean, change = share_left(pixels, color), share_left(pixels, color) - share_left(before, color)
+            moved = f"{change:+.0f} ({bounds(share - old)})" if edits else ""
+            size = pixels[:, color].sum(-1).mean()
+            print(f"| {name} | {word} | {mean:.0f} ({bounds(share)}) | {moved} | {size:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

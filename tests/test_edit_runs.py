@@ -15,7 +15,7 @@ from test_undo import Boom, assert_same, boom, snapshot
 
 import diffusers_concept_maps as dcm
 from diffusers_concept_maps import AttentionEdit, edit_attention
-from diffusers_concept_maps.amending import AmendedAttention
+from diffusers_concept_maps.editing.amending import AmendedAttention
 from diffusers_concept_maps.upsample import gather_frames, spread_frames
 
 CASES = {case.name: case for case in find_cases()}
@@ -252,7 +252,7 @@ def test_log_odds_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         attention = AmendedAttention(*heads, mask)
         whole = attention.log_odds(tokens)
         with monkeypatch.context() as patch:
-            patch.setattr("diffusers_concept_maps.amending._CHUNK", 3 * 6 * 11)
+            patch.setattr("diffusers_concept_maps.editing.amending._CHUNK", 3 * 6 * 11)
             torch.testing.assert_close(attention.log_odds(tokens), whole)
 
 

@@ -13,8 +13,8 @@ from typing import Any
 from diffusers_concept_maps.attachment import Attachment, check_alike, check_free, check_without
 from diffusers_concept_maps.backbones import Backbone, Site, find_backbone, find_transformers
 from diffusers_concept_maps.compiled import is_compiled
-from diffusers_concept_maps.editor import Editor
-from diffusers_concept_maps.edits import AttentionEdit
+from diffusers_concept_maps.editing.editor import Editor
+from diffusers_concept_maps.editing.edits import AttentionEdit
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
 from diffusers_concept_maps.indices import check_indices
 from diffusers_concept_maps.prompt import PromptTokens, check_words

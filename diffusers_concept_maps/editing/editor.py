@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from diffusers_concept_maps.amending import AmendedAttention, share_bias
 from diffusers_concept_maps.backbones import Backbone, CrossBackbone, Grid, Site
-from diffusers_concept_maps.edits import AttentionEdit, Region, find_region
+from diffusers_concept_maps.editing.amending import AmendedAttention, share_bias
+from diffusers_concept_maps.editing.edits import AttentionEdit, Region, find_region
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
 from diffusers_concept_maps.listener import Announced, Pass, PassListener
 from diffusers_concept_maps.progress import Place
