@@ -250,6 +250,7 @@ def _metadata(backbone: Backbone, transformer: Any, plan: CapturePlan) -> dict[s
         "parity": plan.parity.name if plan.parity else None,
         "reads": plan.reads,
         "attention": plan.attention,
+        "detail": list(plan.detail),
         "steps": sorted(plan.steps) if isinstance(plan.steps, frozenset) else list(plan.steps),
         "methods": {
             name: {

@@ -245,6 +245,18 @@ class ConceptMaps:
         with whole_file(path) as partial:
             save_file(tensors, partial, metadata={"concept_maps": json.dumps(header)})
 
+    def report(self, path: str | os.PathLike[str], frames: Any = None, **options: Any) -> None:
+        """Write a page of HTML to look at the maps in; `visualize.report.write_report` says more.
+
+        Args:
+            path: file to write, such as `report.html`.
+            frames: what the maps are of, as for `media.read_frames`; None shows the maps alone.
+            options: those of `write_report`: `tracks`, `index`, `fps`, `title` and `detail`.
+        """
+        from diffusers_concept_maps.visualize.report import write_report
+
+        write_report(path, self, frames, **options)
+
     def __repr__(self) -> str:
         return f"ConceptMaps(concepts={list(self.concepts)}, methods={list(self.methods)})"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from diffusers_concept_maps.maps import ConceptMaps
+
+REPORT = "report.html"
+"""The page that `--report` asks for."""
 
 
 def check_extra() -> None:
@@ -83,6 +87,16 @@ def write_pictures(stem: Path, pictures: list[Image.Image], fps: int) -> Path:
     else:
         write_image(path, pictures[0])
     return path
+
+
+def add_report(parser: argparse.ArgumentParser) -> None:
+    """Add the option that asks for a page to look at it all in."""
+    parser.add_argument("--report", action="store_true", help=f"write {REPORT} too: everything in one page to look at")
+
+
+def written(out: Path, files: str, *, report: bool) -> str:
+    """The last line that a command prints: what it has written."""
+    return f"written to {out}: {files}" + (f", {REPORT}" if report else "")
 
 
 def print_table(maps: ConceptMaps, overlays: dict[str, str]) -> None:

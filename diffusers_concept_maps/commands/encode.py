@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_concept_maps.commands._common import load_pipeline, positive, printable, seed, staging
-from diffusers_concept_maps.commands._pictures import check_extra, print_table, write_maps
+from diffusers_concept_maps.commands._pictures import REPORT, add_report, check_extra, print_table, write_maps, written
 
 _FPS = 8  # of what does not say how fast it is, such as a folder of pictures
 
@@ -42,6 +42,7 @@ def register(commands: Any) -> None:
     parser.add_argument("--num-frames", type=positive, help="most frames to take; default: what the model makes")
     parser.add_argument("--fps", type=positive, help=f"of the overlays; default: the file's, or {_FPS}")
     parser.add_argument("--out", type=Path, default=Path("concept_maps"), metavar="DIR", help="default: %(default)s")
+    add_report(parser)
     parser.set_defaults(run=run)
 
 
@@ -75,8 +76,10 @@ def run(options: argparse.Namespace) -> int:
         title = f"{options.file.name}: {options.prompt}" if options.prompt else options.file.name
         fps = options.fps or max(1, round(clip.fps or _FPS))
         overlays = write_maps(folder, as_pictures(clip.frames), maps, title=title, fps=fps)
+        if options.report:
+            maps.report(folder / REPORT, clip.frames, fps=fps, title=title)
     assert maps.fit is not None  # `encode` has noted it
     print(f"{printable(str(options.file))}: {maps.fit.describe()}\n")
     print_table(maps, overlays)
-    print(f"\nwritten to {options.out}: overlays, contact_sheet.png, maps.safetensors")
+    print("\n" + written(options.out, "overlays, contact_sheet.png, maps.safetensors", report=options.report))
     return 0

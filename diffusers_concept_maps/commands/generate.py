@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_concept_maps.commands._common import load_pipeline, positive, seed, staging
-from diffusers_concept_maps.commands._pictures import check_extra, print_table, write_maps, write_pictures
+from diffusers_concept_maps.commands._pictures import (
+    REPORT,
+    add_report,
+    check_extra,
+    print_table,
+    write_maps,
+    write_pictures,
+    written,
+)
 from diffusers_concept_maps.errors import ConceptMapsValueError
 
 DEFAULT_PROMPT = "a red circle moving right and a blue square moving right on dark background"
@@ -38,6 +46,7 @@ def register(commands: Any) -> None:
     parser.add_argument("--guidance-scale", type=float, help="default: the pipeline's, 4 for the embedded model")
     parser.add_argument("--fps", type=positive, default=8, help="of the videos written; default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("concept_maps"), metavar="DIR", help="default: %(default)s")
+    add_report(parser)
     parser.set_defaults(run=run)
 
 
@@ -69,6 +78,8 @@ def run(options: argparse.Namespace) -> int:
         shown = enlarge(pictures, _SHOWN_WIDTH)
         write_pictures(folder / "video", shown, options.fps)
         overlays = write_maps(folder, pictures, maps, title=prompt, fps=options.fps, shown=shown)
+        if options.report:
+            maps.report(folder / REPORT, pictures, fps=options.fps, title=prompt)
     print_table(maps, overlays)
-    print(f"\nwritten to {options.out}: video, overlays, contact_sheet.png, maps.safetensors")
+    print("\n" + written(options.out, "video, overlays, contact_sheet.png, maps.safetensors", report=options.report))
     return 0

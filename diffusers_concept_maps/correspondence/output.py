@@ -138,6 +138,18 @@ class TrackOutput(BaseOutput):
 
         write_video(path, self.overlay(frames, trail=trail, radius=radius), fps=fps)
 
+    def report(self, path: str | os.PathLike[str], frames: Any, **options: Any) -> None:
+        """Write a page of HTML to follow the points in; `visualize.report.write_report` says more.
+
+        Args:
+            path: file to write, such as `report.html`.
+            frames: the frames of the video, as for `media.read_frames`.
+            options: those of `write_report`: `maps` to lay over the frames, `index`, `fps`, `title` and `detail`.
+        """
+        from diffusers_concept_maps.visualize.report import write_report
+
+        write_report(path, frames=frames, tracks=self, **options)
+
 
 def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     with archive.open(f"{name}.npy") as file:
