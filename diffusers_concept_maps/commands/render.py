@@ -19,9 +19,9 @@ def register(commands: Any) -> None:
         description="Write one HTML file with the frames and the maps of a file: a concept to pick, a clip to play, "
         "curves over time. It refers to nothing outside, so that it can be kept and sent as it is.",
     )
-    parser.add_argument("maps", type=Path, metavar="MAPS_FILE", help="as `generate`, `encode` or ConceptMaps.save write")
+    parser.add_argument("maps", type=Path, metavar="MAPS_FILE", help="written by `generate`, `encode` or save")
     parser.add_argument("--video", type=Path, metavar="FILE", help="what the maps are of; default: the maps alone")
-    parser.add_argument("--detail", type=Path, metavar="FILE", help="the file of detail_path, for layers, steps, heads")
+    parser.add_argument("--detail", type=Path, metavar="FILE", help="what detail_path named: layers, steps, heads")
     parser.add_argument("--index", type=int, default=0, help="which video of the batch; default: %(default)s")
     parser.add_argument("--fps", type=positive, help=f"when played; default: the video's, or {_FPS}")
     parser.add_argument("--title", help="heading of the page; default: the name of the video or of the maps")

@@ -82,7 +82,7 @@ class Timeline {
     });
     const all = curves.flat();
     const low = unit === "own" ? 0 : Math.min(...all);
-    const high = unit === "own" ? 1 : Math.max(...all);
+    const high = Math.max(...all);
     const x = (frame) => (1000 * frame) / Math.max(1, tokens.length - 1);
     const y = (value) => 195 - 190 * (high > low ? (value - low) / (high - low) : 0);
     const order = [...curves.keys()].sort((a, b) => (a === view.concept) - (b === view.concept));
@@ -94,8 +94,8 @@ class Timeline {
     });
     this.cursor = this.element("line", { y1: 0, y2: 200, class: "cursor" });
     this.svg.replaceChildren(...lines, this.cursor);
-    this.ends[0].textContent = unit === "own" ? "0" : readable(low);
-    this.ends[1].textContent = unit === "own" ? "1" : readable(high);
+    this.ends[0].textContent = readable(low);
+    this.ends[1].textContent = readable(high);
     this.x = x;
   }
 
