@@ -252,6 +252,9 @@ class ConceptMaps:
             path: file to write, such as `report.html`.
             frames: what the maps are of, as for `media.read_frames`; None shows the maps alone.
             options: those of `write_report`: `tracks`, `index`, `fps`, `title` and `detail`.
+
+        Raises:
+            ConceptMapsError: as `write_report`.
         """
         from diffusers_concept_maps.visualize.report import write_report
 

@@ -145,6 +145,9 @@ class TrackOutput(BaseOutput):
             path: file to write, such as `report.html`.
             frames: the frames of the video, as for `media.read_frames`.
             options: those of `write_report`: `maps` to lay over the frames, `index`, `fps`, `title` and `detail`.
+
+        Raises:
+            ConceptMapsError: as `write_report`.
         """
         from diffusers_concept_maps.visualize.report import write_report
 

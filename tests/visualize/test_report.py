@@ -6,8 +6,10 @@ import base64
 import hashlib
 import json
 import re
+import shlex
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import diffusers_concept_maps as dcm
 from diffusers_concept_maps import cli
 from diffusers_concept_maps.correspondence.output import TrackOutput
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
@@ -23,6 +26,7 @@ from diffusers_concept_maps.maps import ConceptMaps, StoredMaps
 from diffusers_concept_maps.visualize.report import write_report
 from diffusers_concept_maps.visualize.report._numbers import coarser
 
+ROOT = Path(__file__).parents[2]
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 
 
@@ -40,23 +44,25 @@ class Page(HTMLParser):
         self.elements.append((tag, dict(attrs)))
 
     def handle_data(self, data: str) -> None:
-        tag, attributes = self.elements[-1] if self.elements else ("", {})
-        if tag in ("script", "style"):
+        if self.cdata_elem:  # within a script or style
+            tag, attributes = self.elements[-1]
             name = attributes.get("id") or tag
             self.texts[name] = self.texts.get(name, "") + data
 
 
-def some_maps(concepts: tuple[str, ...] = ("dog", "running"), grid: tuple[int, ...] = (3, 4, 5), **known: object):
+def some_maps(
+    concepts: tuple[str, ...] = ("dog", "running"), grid: tuple[int, ...] = (3, 4, 5), **known: object
+) -> ConceptMaps:
     scores = torch.randn(1, len(concepts), *grid, generator=torch.Generator().manual_seed(2))
     tensors = {"imap": scores, "coverage.imap": torch.ones(2, 6, dtype=torch.bool)}
     return ConceptMaps(StoredMaps(concepts, tensors, known), ["imap"])
 
 
-def data_of(path: Path) -> dict:
+def data_of(path: Path) -> dict[str, Any]:
     return json.loads(Page(path).texts["data"])
 
 
-def numbers_of(entry: dict, kind: str) -> np.ndarray:
+def numbers_of(entry: dict[str, Any], kind: str) -> np.ndarray:
     return np.frombuffer(base64.b64decode(entry["data"]), kind).reshape(-1, len(entry["low"]), *entry["grid"])
 
 
@@ -64,7 +70,7 @@ def test_nothing_in_it_leads_outside(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     some_maps().report(path, torch.rand(9, 3, 16, 20))
     page, text = Page(path), path.read_text(encoding="utf-8")
-    assert not re.search(r"https?:|//[a-z]|@import|url\(", text.replace(page.texts["data"], ""), re.IGNORECASE)
+    assert not re.search(r"https?:|[\"'(=]//|@import|url\(", text.replace(page.texts["data"], ""), re.IGNORECASE)
     for tag, attributes in page.elements:
         for name in ("src", "href", "srcset", "action", "data", "poster", "xlink:href", "style"):
             assert (attributes.get(name) or "data:").startswith(("data:", "#")), (tag, attributes)
@@ -285,3 +291,44 @@ def test_generate_and_encode_write_a_page(tmp_path: Path, capsys: pytest.Capture
     assert (data["title"], data["fps"], len(data["frames"])) == ("video.mp4: a red circle", 5, 6)
     assert cli.main(given) == 0
     assert capsys.readouterr().out.endswith("contact_sheet.png, maps.safetensors\n")
+
+
+def test_the_page_of_the_documentation_runs_from_top_to_bottom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for language, source in re.findall(r"^```(\w+)\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        if language == "bash":
+            for line in source.splitlines():
+                assert cli.main(shlex.split(line)[1:]) == 0
+        else:
+            exec(source, names)
+    assert {path.name for path in tmp_path.iterdir()} == {"demo", "encoded", "again.html", "report.html"}
+    assert data_of(tmp_path / "again.html")["concepts"] == ["red", "blue", "background"]
+    shown = data_of(tmp_path / "report.html")["methods"][0]["panels"]
+    assert {axis: entry["names"] for axis, entry in shown.items()} == {
+        "layer": [2, 3, 4],
+        "step": list(range(20)),
+        "head": [0, 1, 2, 3],
+    }
+    assert shown["head"]["rows"] == [2, 3, 4]
+    # The kept axes average to what the layers show, whatever the bits they are stored in.
+    entry = shown["layer"]
+    mean = names["maps"].detail().nanmean((1, 2))[:, 0].double().numpy()
+    low, high = (np.array(entry[name])[:, None, None, None] for name in ("low", "high"))
+    restored = low + numbers_of(entry, "u1") / 254 * (high - low)
+    assert np.abs(restored - mean).max() <= (high - low).max() / 254 / 2 * 1.001
+    with Image.open(ROOT / "docs" / "images" / "report.png") as picture:
+        assert picture.width > 1000
+
+
+def test_kept_axes_of_what_was_encoded(tmp_path: Path) -> None:
+    pipe = dcm.load_shapes_pipeline()
+    frames = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    maps = dcm.encode(pipe, frames, ["red", "blue"], noise_level=[0.3, 0.6], detail=["step"])
+    maps.report(tmp_path / "a.html", frames)
+    (method,) = data_of(tmp_path / "a.html")["methods"]
+    assert list(method["panels"]) == ["step"]
+    assert method["panels"]["step"]["names"] == [0, 1]

@@ -1,7 +1,7 @@
 """One HTML file to look at maps and tracks in: frames, maps and program are in it, and it refers to nothing else.
 
-`_data` gathers what is shown, `_detail` the maps by layer, step and head, `_frames` the pictures, and `_page` puts them
-into the page whose parts lie beside them: `page.html`, `page.css` and the scripts.
+`_data` gathers what is shown, `_detail` the maps by layer, step and head, `_frames` the pictures, and `_page` puts
+them into the page whose parts lie beside them: `page.html`, `page.css` and the scripts.
 """
 
 from __future__ import annotations
