@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 import re
 import shlex
@@ -24,6 +25,7 @@ from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueErro
 from diffusers_concept_maps.fitting import Fit
 from diffusers_concept_maps.maps import ConceptMaps, StoredMaps
 from diffusers_concept_maps.visualize.report import write_report
+from diffusers_concept_maps.visualize.report._frames import encoded
 from diffusers_concept_maps.visualize.report._numbers import coarser
 
 ROOT = Path(__file__).parents[2]
@@ -140,6 +142,48 @@ def test_small_frames_are_exact(tmp_path: Path) -> None:
     for url, frame in zip(data_of(tmp_path / "a.html")["frames"], frames, strict=True):
         (tmp_path / "a.webp").write_bytes(base64.b64decode(url.split(",")[1]))
         assert np.array_equal(np.asarray(Image.open(tmp_path / "a.webp").convert("RGB")), frame)
+
+
+def test_frames_become_smaller_where_no_quality_does() -> None:
+    generator = np.random.default_rng(0)
+    pictures = [Image.fromarray(generator.integers(0, 256, (192, 256, 3), np.uint8)) for _ in range(10)]
+    sizes = {}
+    for budget in (2_000_000, 400_000, 30_000):
+        urls = encoded(pictures, budget)
+        assert len(urls) == 10
+        assert sum(map(len, urls)) <= budget
+        sizes[budget] = {Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).size for url in urls}
+    assert sizes == {2_000_000: {(256, 192)}, 400_000: {(256, 192)}, 30_000: {(128, 96)}}
+    assert len(encoded(pictures, 1)) == 10
+
+
+class FreshMaps(StoredMaps):
+    """Maps that keep every axis: of 6 layers, 4 steps and 8 heads."""
+
+    def detail(self, method: str) -> torch.Tensor:
+        return torch.rand(6, 4, 8, *self.tensors[method].shape, generator=torch.Generator().manual_seed(6))
+
+
+def test_kept_axes_stay_small(tmp_path: Path) -> None:
+    tensors = {"imap": torch.rand(1, 8, 13, 15, 22), "coverage.imap": torch.ones(4, 6, dtype=torch.bool)}
+    known = {"detail": ["layer", "step", "head"], "methods": {"imap": {"layers": list(range(6))}}}
+    fresh = FreshMaps(tuple(f"concept {i}" for i in range(8)), tensors, known)
+    ConceptMaps(fresh, ["imap"]).report(tmp_path / "a.html")
+    shown = data_of(tmp_path / "a.html")["methods"][0]["panels"]
+    pooled = torch.nn.functional.adaptive_avg_pool3d
+    kept = fresh.detail("imap")[:, :, :, 0].double()
+    means = {"layer": kept.mean((1, 2)), "step": kept.mean((0, 2)), "head": kept.mean(1).flatten(0, 1)}
+    assert {axis: entry["grid"] for axis, entry in shown.items()} == {
+        "layer": [13, 15, 22],
+        "step": [13, 15, 22],
+        "head": [7, 8, 11],
+    }
+    for axis, mean in means.items():
+        entry = shown[axis]
+        low, high = (np.array(entry[name])[:, None, None, None] for name in ("low", "high"))
+        restored = low + numbers_of(entry, "u1") / 254 * (high - low)
+        assert np.abs(restored - pooled(mean, entry["grid"]).numpy()).max() < (high - low).max() / 254 / 2 * 1.001
+        assert len(entry["data"]) <= 300_000 * 4 / 3 + 4
 
 
 def test_a_constant_map_is_no_division_by_zero(tmp_path: Path) -> None:

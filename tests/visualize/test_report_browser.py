@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from sklearn.metrics import calinski_harabasz_score
 from diffusers_concept_maps.correspondence.output import TrackOutput
 from diffusers_concept_maps.maps import ConceptMaps, StoredMaps
 from diffusers_concept_maps.visualize.overlay import overlay
-from diffusers_concept_maps.visualize.report import write_report
+from diffusers_concept_maps.visualize.report import _data, write_report
 
 CONCEPTS = ("dog", "</script><img src=x onerror=alert(1)>", "running")
 FRAMES, HEIGHT, WIDTH = 9, 20, 28
@@ -346,3 +347,24 @@ def test_frames_of_a_common_size(window: Browser, tmp_path: Path) -> None:
     expected = np.asarray(picture) * (1 - 0.6 * share) + colors * 0.6 * share
     assert np.abs(pixels(window)[..., :3] - expected).max() <= 4
     assert np.abs(pixels(window)[..., :3] - expected).mean() < 0.6
+
+
+def test_frames_that_were_made_smaller(window: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The picture has the size of the frames as they are stored; places are those of the frames as they were."""
+    monkeypatch.setattr(_data, "_BYTES", 20_000)
+    frames = np.random.default_rng(0).integers(0, 256, (2, 130, 258, 3), np.uint8)
+    tensors = {"imap": torch.rand(1, 1, 2, 5, 9), "coverage.imap": torch.ones(1, 1, dtype=torch.bool)}
+    maps = ConceptMaps(StoredMaps(("dog",), tensors), ["imap"])
+    maps.report(tmp_path / "report.html", frames)
+    window.open(tmp_path / "report.html")
+    picture = Image.open(io.BytesIO(base64.b64decode(window.run("return DATA.frames[0]").split(",", 1)[1])))
+    assert picture.size == (129, 65)
+    share = shares(maps.upsample((65, 129), 2)[0, 0, 0].numpy(), maps.get()[0, 0])[..., None]
+    colors = matplotlib.colormaps["inferno"](share[..., 0])[..., :3] * 255
+    expected = np.asarray(picture.convert("RGB")) * (1 - 0.6 * share) + colors * 0.6 * share
+    assert np.abs(pixels(window)[..., :3] - expected).max() <= 4
+    box = window.run("return document.getElementById('picture').getBoundingClientRect().toJSON()")
+    window.point(int(box["left"] + 0.5 * box["width"]), int(box["top"] + 0.25 * box["height"]))
+    x, y = map(int, re.match(r"x (\d+), y (\d+)", text(window, "#value")).groups())
+    assert abs(x - 129) <= 2
+    assert abs(y - 32) <= 2

@@ -17,12 +17,12 @@ class Picture {
   /** Wait for the frames, whose size is that of the picture unless they were made smaller to save room. */
   async open() {
     await Promise.all(this.images.map((image) => image.decode()));
-    const scale = this.images.length ? this.images[0].naturalWidth / this.width : 1;
-    this.scale = scale;
+    const [first] = this.images;
+    this.scale = first ? first.naturalWidth / this.width : 1;
     this.canvas.parentElement.style.maxWidth = `calc(72vh * ${this.width / this.height})`;
     for (const layer of [this.canvas, this.above]) {
-      layer.width = Math.round(this.width * scale);
-      layer.height = Math.round(this.height * scale);
+      layer.width = first ? first.naturalWidth : this.width;
+      layer.height = first ? first.naturalHeight : this.height;
     }
     const fine = Math.max(1, Math.ceil(960 / this.above.width));
     this.above.width *= fine;
