@@ -1,6 +1,7 @@
-"""How far edits of the attention move what the embedded model draws: the table of docs/editing.md.
+"""How far edits of the attention move what the embedded model draws: table and picture of docs/editing.md.
 
-    python docs/measure_editing.py [--clips 32]
+    python docs/measure_editing.py [--clips 48]
+    python docs/measure_editing.py --picture docs/images/editing.png
 
 Every row is one edit of the same clips, seed by seed. Pixels are told apart by the palette of the scenes.
 """
@@ -8,9 +9,12 @@ Every row is one edit of the same clips, seed by seed. Pixels are told apart by 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+from torch.nn import functional
 
 import diffusers_concept_maps as dcm
 from diffusers_concept_maps import AttentionEdit
@@ -41,6 +45,7 @@ EDITS: dict[str, tuple[str, list[AttentionEdit]]] = {
     "`red circle` left, `blue square` right": (TWO, side("red circle", 8.0, 0.0) + side("blue square", 0.0, 8.0)),
     "`red` mirrored": (TWO, [AttentionEdit("red", transform=lambda share: share.flip(-1))]),
 }
+SHOWN = ("`red` left, `blue` right", "`red circle` left, `blue square` right")
 
 
 def clips_of(pipe: Any, prompt: str, edits: list[AttentionEdit], clips: int) -> torch.Tensor:
@@ -73,13 +78,28 @@ def bounds(values: torch.Tensor) -> str:
     return f"{low:.0f} to {high:.0f}"
 
 
+def draw(pipe: Any, path: Path) -> None:
+    """The middle frames of eight clips, and below each the same with some edit of two objects."""
+    rows = []
+    for name in ("two objects, no edit", *SHOWN):
+        frames = clips_of(pipe, *EDITS[name], 8)[:, 3]
+        rows.append(torch.cat(list(functional.pad(frames, (1, 1, 1, 1), value=1)), dim=2))
+    pixels = (torch.cat(rows, dim=1).permute(1, 2, 0) * 255).round().to(torch.uint8)
+    picture = Image.fromarray(pixels.numpy())
+    picture.resize((3 * picture.width, 3 * picture.height), Image.Resampling.NEAREST).save(path, optimize=True)
+
+
 def main() -> None:
     """Print a line for every edit; intervals are bootstraps over clips, differences of the same clips."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--clips", type=int, default=32)
-    clips = parser.parse_args().clips
-    pipe = dcm.load_shapes_pipeline()
+    parser.add_argument("--clips", type=int, default=48)
+    parser.add_argument("--picture", type=Path, help="draw it instead of the table")
+    options = parser.parse_args()
+    pipe, clips = dcm.load_shapes_pipeline(), options.clips
     pipe.set_progress_bar_config(disable=True)
+    if options.picture is not None:
+        draw(pipe, options.picture)
+        return
     draws = torch.randint(clips, (DRAWS, clips), generator=torch.Generator().manual_seed(0))
     stock: dict[str, torch.Tensor] = {}
     print("| edit | color | on the left, % | change, points | pixels per frame |\n|---|---|---|---|---|")
