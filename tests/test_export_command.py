@@ -178,6 +178,8 @@ def test_size_of_a_video_beside_the_maps(tmp_path: Path) -> None:
     [
         (["maps", "--words", "--keep-maps"], "--words, --keep-maps is for a video that is generated"),
         (["maps", "--prompt", "a dog"], "--prompt is for a video that is generated; leave it out with FILE"),
+        (["--branch", "uncond"], "--branch is for a FILE; leave it out where a video is generated"),
+        (["--video", "maps"], "--video is for a FILE"),
         (["maps", "--per", "head"], "head cannot be told apart in these maps"),
         (["maps", "--format", "gif"], "file_format is 'gif'; expected one of png"),
         (["no-such-file"], "cannot read 'no-such-file' as concept maps"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from diffusers_concept_maps.visualize.export import ExportSettings
 
 _GENERATING = ("prompt", "model", "words", "tokens", "steps", "guidance_scale", "keep_maps")
+_READING = ("branch", "video")
 
 
 def register(commands: Any) -> None:
@@ -58,7 +60,7 @@ def _add_generation(group: Any) -> None:
 def _add_choice(group: Any) -> None:
     group.add_argument("--concepts", nargs="+", metavar="CONCEPT", help="to make maps of; of FILE, which ones")
     group.add_argument("--method", help="default: the first of FILE; cross_attention without it")
-    group.add_argument("--branch", default="cond", help="of guidance, in a file of kept axes; default: %(default)s")
+    group.add_argument("--branch", help="of guidance, in a file of kept axes; default: cond")
     group.add_argument("--index", type=int, default=0, metavar="N", help="which video of the batch; default: 0")
     group.add_argument(
         "--make", nargs="+", default=["clips"], metavar="WHAT", help="clips, grid, sharpening; default: clips"
@@ -110,19 +112,26 @@ def run(options: argparse.Namespace) -> int:
     from diffusers_concept_maps.files import whole_folder
     from diffusers_concept_maps.visualize.export import export
 
+    if options.file is None:
+        _refuse(options, _READING, "is for a FILE; leave it out where a video is generated")
+    else:
+        _refuse(options, _GENERATING, "is for a video that is generated; leave it out with FILE")
     check_extra()
     settings = _settings(options)
     settings.format.check()
-    if options.file is not None:
-        given = [f"--{name.replace('_', '-')}" for name in _GENERATING if getattr(options, name)]
-        if given:
-            raise ConceptMapsValueError(f"{', '.join(given)} is for a video that is generated; leave it out with FILE")
-        export(options.file, options.out, settings, method=options.method, branch=options.branch)
-    else:
+    if options.file is None:
         with whole_folder(options.out) as folder:
             _generate(options, settings, folder)
+    else:
+        export(options.file, options.out, settings, method=options.method, branch=options.branch or "cond")
     print(f"written to {options.out}; manifest.json says what each file is")
     return 0
+
+
+def _refuse(options: argparse.Namespace, names: Sequence[str], reason: str) -> None:
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name)]
+    if given:
+        raise ConceptMapsValueError(f"{', '.join(given)} {reason}")
 
 
 def _settings(options: argparse.Namespace) -> ExportSettings:
@@ -213,7 +222,7 @@ def _run(
         output = pipe(**call, generator=generator)
     pictures = as_pictures(output.frames[0] if hasattr(output, "frames") else output.images[:1])
     write_pictures(folder.with_name("video"), pictures, settings.fps)
-    video = settings.video or (len(pictures), pictures[0].height, pictures[0].width)
+    video = (len(pictures), pictures[0].height, pictures[0].width)
     export(file if detail else maps, folder, replace(settings, video=video), summary=maps)
     if not options.keep_maps:
         file.unlink(missing_ok=True)
