@@ -15,6 +15,7 @@ import html
 import inspect
 import re
 import tempfile
+import textwrap
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -169,13 +170,13 @@ def segmentation(look: Look) -> str | None:
 def timeline(look: Look) -> Any:
     """When each concept is there: a matplotlib figure of its mean score in every frame."""
     curves = spread_frames(look.maps.get()[0], len(look.frames), **look.maps.geometry).mean((2, 3))
-    labels, fonts = legible(look.maps.concepts)
-    figure = require("matplotlib.figure").Figure(figsize=(7, 2.6), layout="constrained")
+    labels, fonts = legible([textwrap.shorten(concept, 40) for concept in look.maps.concepts])
+    figure = require("matplotlib.figure").Figure(figsize=(9, 2.6), layout="constrained")
     axes = figure.add_subplot(xlabel="frame", ylabel="mean score")
-    for curve, label, color in zip(curves.tolist(), labels, COLORS, strict=False):
-        axes.plot(curve, color=color, marker=".")
-        style = {"color": color, "fontfamily": fonts, "parse_math": False, "va": "center"}
-        axes.annotate(label, (len(curve) - 1, curve[-1]), (6, 0), textcoords="offset points", **style)
+    lines = [axes.plot(curve, color=color, marker=".")[0] for curve, color in zip(curves, COLORS, strict=False)]
+    legend = axes.legend(lines, labels, loc="center left", bbox_to_anchor=(1, 0.5))
+    for text in legend.get_texts():
+        text.set(fontfamily=fonts, parse_math=False)
     return figure
 
 
@@ -223,13 +224,13 @@ def page(studio: Studio) -> Any:
                     seed = gr.Number(2, precision=0, minimum=0, label="Seed")
                     steps = gr.Slider(1, MOST_STEPS, studio.steps, step=1, label="Steps")
                 start = gr.Button("Generate", variant="primary")
-            made = gr.Video(label="Video", autoplay=True, loop=True)
+            made = gr.Video(label="Video", height=WIDTH, autoplay=True, loop=True)
         with gr.Row():
             with gr.Column():
                 concept = gr.Dropdown([], label="Concept")
                 opacity = gr.Slider(0, 1, 0.6, step=0.05, label="Opacity")
-                laid = gr.Video(label="Overlay", autoplay=True, loop=True)
-            colored = gr.Video(label="Segmentation", autoplay=True, loop=True)
+                laid = gr.Video(label="Overlay", height=WIDTH, autoplay=True, loop=True)
+            colored = gr.Video(label="Segmentation", height=WIDTH, autoplay=True, loop=True)
         curve = gr.Plot(label="Timeline")
         table = gr.Dataframe(headers=HEADERS, datatype="str", interactive=False, label="Scores")
         save = gr.Button("Export")

@@ -55,6 +55,10 @@ def differ(first: Any, second: Any) -> float:
     return float(np.abs(pixels(first) - pixels(second)).mean())
 
 
+def legend(figure: Any) -> list[str]:
+    return [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+
+
 def test_the_pipeline_makes_what_it_makes_without_the_page(look: Any) -> None:
     pipe = dcm.load_shapes_pipeline()
     call = {"num_inference_steps": 2, "guidance_scale": 4.0, "max_sequence_length": 20}
@@ -101,7 +105,7 @@ def test_curves_and_numbers_are_those_of_the_maps(app: ModuleType, look: Any) ->
     figure = app.timeline(look)
     for line, curve in zip(figure.axes[0].lines, curves, strict=True):
         np.testing.assert_allclose(line.get_ydata(), curve, rtol=1e-5)
-    assert [text.get_text() for text in figure.axes[0].texts] == ["red", "blue", "background"]
+    assert legend(figure) == ["red", "blue", "background"]
     for row, scores, curve in zip(app.scores(look), maps, curves, strict=True):
         assert len(row) == len(app.HEADERS)
         found = [float(number) for number in row[2:5]]
@@ -112,8 +116,8 @@ def test_curves_and_numbers_are_those_of_the_maps(app: ModuleType, look: Any) ->
 def test_math_is_not_typeset(app: ModuleType, look: Any) -> None:
     named = SimpleNamespace(concepts=("$red$", "_blue", "<b>"), get=look.maps.get, geometry=look.maps.geometry)
     figure = app.timeline(app.Look(look.frames, named, look.folder))
-    assert [text.get_text() for text in figure.axes[0].texts] == ["$red$", "_blue", "<b>"]
-    assert not any(text.get_parse_math() for text in figure.axes[0].texts)
+    assert legend(figure) == ["$red$", "_blue", "<b>"]
+    assert not any(text.get_parse_math() for text in figure.axes[0].get_legend().get_texts())
 
 
 def test_files_to_take_away(app: ModuleType, look: Any, monkeypatch: pytest.MonkeyPatch) -> None:
