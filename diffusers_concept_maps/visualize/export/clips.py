@@ -17,7 +17,7 @@ from diffusers_concept_maps.visualize.export.canvas import Canvas
 from diffusers_concept_maps.visualize.export.looks import CHANNELS, LOOKS, Scale, scaled
 from diffusers_concept_maps.visualize.export.manifest import Manifest
 from diffusers_concept_maps.visualize.export.settings import ExportSettings
-from diffusers_concept_maps.visualize.export.source import Place, Source
+from diffusers_concept_maps.visualize.export.source import Place, Source, places
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,8 @@ def write_clips(clips: Clips, folder: Path, manifest: Manifest) -> None:
         below.mkdir(exist_ok=True)
         common = None
         if clips.settings.scale == "clip":
-            places = clips.source.places(clips.axes, per)
-            common = clips.scale_of(clips.scores(concept, place) for place in places)
-        for place in clips.source.places(clips.axes, per):
+            common = clips.scale_of(clips.scores(concept, place) for place in places(clips.axes, per))
+        for place in places(clips.axes, per):
             scores = clips.scores(concept, place)
             entry = _entry(clips, "clip", concept) | {axis: place.get(axis) for axis in AXES}
             path = below / (_name(place) + clips.settings.format.suffix)

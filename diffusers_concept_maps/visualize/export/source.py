@@ -49,16 +49,6 @@ class Source:
     geometry: dict[str, Any] = field(default_factory=dict)
     clip: tuple[int, int, int] | None = None
 
-    def places(self, axes: Mapping[str, tuple[int, ...]], per: tuple[str, ...]) -> Iterator[dict[str, int]]:
-        """Every combination of the numbers of some axes, the last axis fastest.
-
-        Args:
-            axes: the numbers by axis.
-            per: the axes to combine.
-        """
-        for numbers in itertools.product(*(axes[name] for name in per)):
-            yield dict(zip(per, numbers, strict=True))
-
     def clip_at(
         self, axes: Mapping[str, tuple[int, ...]], place: Place, video: int, concept: int, frame: int | None = None
     ) -> np.ndarray:
@@ -81,7 +71,7 @@ class Source:
         open_axes = tuple(name for name in self.axes if name not in place)
         behind = (video, concept) if frame is None else (video, concept, frame)
         total, count = np.zeros(self.grid[1:] if frame is not None else self.grid), 0
-        for rest in self.places(axes, open_axes):
+        for rest in places(axes, open_axes):
             full = {**rest, **place}
             index = tuple(numbers.index(full[name]) for name, numbers in self.axes.items())
             scores = self.read((*index, *behind))
@@ -93,6 +83,17 @@ class Source:
                 f"the map of {self.concepts[concept]!r} at {dict(place)} has scores that are infinite or no numbers"
             )
         return (total / count if count else np.full_like(total, np.nan)).astype(np.float32)
+
+
+def places(axes: Mapping[str, tuple[int, ...]], per: tuple[str, ...]) -> Iterator[dict[str, int]]:
+    """Every combination of the numbers of some axes, the last axis fastest.
+
+    Args:
+        axes: the numbers by axis.
+        per: the axes to combine.
+    """
+    for numbers in itertools.product(*(axes[name] for name in per)):
+        yield dict(zip(per, numbers, strict=True))
 
 
 def open_source(maps: ConceptMaps | str | os.PathLike[str], method: str | None = None, branch: str = "cond") -> Source:
