@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusers_concept_maps.commands._common import load_pipeline, positive, seed, staging
+from diffusers_concept_maps.commands._pictures import REPORT, add_report, written
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def register(commands: Any) -> None:
     parser.add_argument("--fps", type=positive, help="of the video written; default: that of VIDEO, or 8")
     parser.add_argument("--trail", type=int, default=12, help="frames until a trail has faded; default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("tracks"), metavar="DIR", help="default: %(default)s")
+    add_report(parser)
     _add_options(parser.add_argument_group("how", "The defaults are those of dcm.track."))
     parser.set_defaults(run=run)
 
@@ -82,8 +84,10 @@ def run(options: argparse.Namespace) -> int:
         out.save(folder / "tracks.npz")
         fps = options.fps or max(1, round(clip.fps or 8))
         out.to_video(folder / "tracks.mp4", clip.frames, trail=options.trail, fps=fps)
+        if options.report:
+            out.report(folder / REPORT, clip.frames, fps=fps, title=Path(options.video).name)
     _print_table(out)
-    print(f"\nwritten to {options.out}: tracks.npz, tracks.mp4")
+    print("\n" + written(options.out, "tracks.npz, tracks.mp4", report=options.report))
     return 0
 
 

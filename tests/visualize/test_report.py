@@ -337,6 +337,20 @@ def test_generate_and_encode_write_a_page(tmp_path: Path, capsys: pytest.Capture
     assert capsys.readouterr().out.endswith("contact_sheet.png, maps.safetensors\n")
 
 
+def test_track_writes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    frames = [Image.new("RGB", (32, 32), (60 * number, 0, 0)) for number in range(4)]
+    frames[0].save(tmp_path / "clip.gif", save_all=True, append_images=frames[1:], duration=200)
+    given = ["track", str(tmp_path / "clip.gif"), "--points", "0,12,14", "3,20,5", "--layers", "3"]
+    assert cli.main([*given, "--report", "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.endswith("tracks.npz, tracks.mp4, report.html\n")
+    data = data_of(tmp_path / "out" / "report.html")
+    tracks = TrackOutput.load(tmp_path / "out" / "tracks.npz")
+    assert (data["title"], data["fps"], len(data["frames"]), data["methods"]) == ("clip.gif", 5, 4, [])
+    assert base64.b64decode(data["tracks"]["places"]) == tracks.tracks.numpy().astype("<f4").tobytes()
+    visible = np.frombuffer(base64.b64decode(data["tracks"]["visible"]), np.uint8)
+    assert np.array_equal(visible.reshape(2, 4), tracks.visibility.numpy())
+
+
 def test_the_page_of_the_documentation_runs_from_top_to_bottom(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -349,7 +363,7 @@ def test_the_page_of_the_documentation_runs_from_top_to_bottom(
                 assert cli.main(shlex.split(line)[1:]) == 0
         else:
             exec(source, names)
-    assert {path.name for path in tmp_path.iterdir()} == {"demo", "encoded", "again.html", "report.html"}
+    assert {path.name for path in tmp_path.iterdir()} == {"demo", "encoded", "again.html", "tracks", "report.html"}
     assert data_of(tmp_path / "again.html")["concepts"] == ["red", "blue", "background"]
     shown = data_of(tmp_path / "report.html")["methods"][0]["panels"]
     assert {axis: entry["names"] for axis, entry in shown.items()} == {

@@ -120,6 +120,12 @@ def blended(frames: torch.Tensor, frame: int, colors: np.ndarray, alpha: np.ndar
     return picture * (1 - alpha) + 255 * colors * alpha
 
 
+def overlaid(frames: torch.Tensor, concept_map: torch.Tensor, **options: float) -> np.ndarray:
+    pixels = frames.mul(255).round().byte().permute(0, 2, 3, 1).numpy()
+    pictures = overlay([Image.fromarray(frame) for frame in pixels], concept_map, **options)
+    return np.stack([np.asarray(picture) for picture in pictures]).astype(int)
+
+
 def test_the_picture_is_the_overlay_of_the_concept_and_frame_picked(
     shown: Browser, maps: ConceptMaps, frames: torch.Tensor
 ) -> None:
@@ -129,14 +135,14 @@ def test_the_picture_is_the_overlay_of_the_concept_and_frame_picked(
     for concept, frame in ((0, 0), (2, 5), (1, 8)):
         shown.click(f"#concepts button:nth-child({concept + 1})")
         enter(shown, "frame", str(frame))
-        expected = np.asarray(overlay(frames, per_frame[concept])[frame]).astype(int)
+        expected = overlaid(frames, per_frame[concept])[frame]
         assert np.abs(pixels(shown)[..., :3] - expected).max() <= 1
     enter(shown, "opacity", "25")
-    expected = np.asarray(overlay(frames, per_frame[1], opacity=0.25)[8]).astype(int)
+    expected = overlaid(frames, per_frame[1], opacity=0.25)[8]
     assert np.abs(pixels(shown)[..., :3] - expected).max() <= 1
     enter(shown, "method", "1")
     per_frame = maps.get("cross_attention")[1][:, [0, 1, 1, 1, 1, 2, 2, 2, 2]]
-    expected = np.asarray(overlay(frames, per_frame[1], opacity=0.25)[8]).astype(int)
+    expected = overlaid(frames, per_frame[1], opacity=0.25)[8]
     assert np.abs(pixels(shown)[..., :3] - expected).max() <= 1
 
 
