@@ -27,15 +27,18 @@ def load(model: str | None, steps: int | None = None) -> tuple[Any, dict[str, An
         model: a folder or a name on the hub; None for the embedded model.
         steps: denoising steps; None is the pipeline's default, 20 for the embedded model.
     """
-    chosen = {} if steps is None else {"num_inference_steps": steps}
-    if model is None:  # its position table is for 20 text tokens
-        embedded = {"num_inference_steps": 20, "guidance_scale": 4.0, "max_sequence_length": 20}
-        return dcm.load_shapes_pipeline(), embedded | chosen
-    on_gpu = torch.cuda.is_available()
-    pipe = DiffusionPipeline.from_pretrained(model, dtype=torch.bfloat16 if on_gpu else torch.float32)
-    if on_gpu:
-        pipe.enable_model_cpu_offload()
-    return pipe, chosen
+    call: dict[str, Any] = {} if steps is None else {"num_inference_steps": steps}
+    if model is None:
+        pipe, call = dcm.load_shapes_pipeline(), {"num_inference_steps": 20, "guidance_scale": 4.0} | call
+    else:
+        on_gpu = torch.cuda.is_available()
+        pipe = DiffusionPipeline.from_pretrained(model, dtype=torch.bfloat16 if on_gpu else torch.float32)
+        if on_gpu:
+            pipe.enable_model_cpu_offload()
+    length = pipe.transformer.config.get("max_text_seq_length")
+    if length is not None:  # the position table of CogVideoX takes no other one
+        call["max_sequence_length"] = length
+    return pipe, call
 
 
 def tiny_wan(vocabulary: str) -> tuple[WanPipeline, dict[str, Any]]:

@@ -68,6 +68,15 @@ def test_the_pipeline_makes_what_it_makes_without_the_page(look: Any) -> None:
     assert np.array_equal(pixels(look.frames)[:, :, 5::10, 5::10], pixels(frames))  # ten times as large
 
 
+def test_a_pipeline_by_its_name(app: ModuleType, look: Any) -> None:
+    named = app.Studio(str(Path(dcm.__file__).parent / "shapes" / "pipeline"))
+    assert named.steps == 50  # that of the host's class
+    named._call["guidance_scale"] = 4.0
+    own = named.generate(PROMPT, "red, blue, background", "concept_attention", 2, 2)
+    assert torch.equal(own.maps.get(), look.maps.get())
+    own.discard()
+
+
 def test_two_users_at_once_get_their_own(app: ModuleType, studio: Any, look: Any) -> None:
     asked = [(PROMPT, "red, blue, background"), ("a green triangle moving up on dark background", "green")]
     with ThreadPoolExecutor(2) as users:
