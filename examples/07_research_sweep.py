@@ -1,7 +1,7 @@
 """Which layer, at which step, with which head? Two tables to plot, every cell of them scored against the truth.
 
-sweep.csv scores the maps of single heads by layer and noise level, on drawn clips whose masks are known: how well the
-map of a color word ranks its object's tokens (average precision). correspondence.csv scores which layer, at which step
+sweep.csv scores single heads by layer and noise level (a step of `encode`), on clips whose masks are known: how well the
+map of a color word ranks the tokens of its object (average precision). correspondence.csv scores which layer, at which step
 of a generation, knows where points go: their share within a token of where `track` finds them in the finished video.
 
 python examples/07_research_sweep.py --out sweep
@@ -45,19 +45,18 @@ def score_maps(pipe: Any, clips: int) -> np.ndarray:
     return np.mean(found, axis=0)
 
 
-def score_matches(pipe: Any, call: dict[str, Any]) -> dict[tuple[int, int], float]:
-    """Percentage of right matches by (layer, step)."""
+def score_matches(pipe: Any, call: dict[str, Any]) -> np.ndarray:
+    """Percentage `[layer, step]` of right matches."""
     points = [(0, x, y) for x in range(TOKEN // 2, WIDTH, TOKEN) for y in range(TOKEN // 2, HEIGHT, TOKEN)]
     with dcm.trace_correspondence(pipe, points, size=(HEIGHT, WIDTH), num_frames=FRAMES) as found:
         frames = pipe(PROMPT, generator=torch.Generator().manual_seed(2), **call).frames[0]
     true = dcm.track(pipe, frames, points, layers=3, noise_level=0.2)
-    return {
-        (layer, step): matching_accuracy(
-            found.cell(step, layer).matches.positions[0], true.tracks, true.visibility, threshold=TOKEN
-        )
-        for layer in found.layers
-        for step in found.steps
-    }
+
+    def score(layer: int, step: int) -> float:
+        places = found.cell(step, layer).matches.positions[0]  # [point, frame, 2]
+        return matching_accuracy(places, true.tracks, true.visibility, threshold=TOKEN)
+
+    return np.array([[score(layer, step) for step in found.steps] for layer in found.layers])
 
 
 def main() -> None:
@@ -69,21 +68,17 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
 
     pipe, call = load(None, options.steps)
-    scores = score_maps(pipe, options.clips)
-    rows = [(layer, LEVELS[step], head, f"{score:.4f}") for (layer, step, head), score in np.ndenumerate(scores)]
-    write(options.out / "sweep.csv", ("layer", "noise_level", "head", "average_precision"), rows)
-    matches = score_matches(pipe, call)
-    rows = [(layer, step, f"{accuracy:.1f}") for (layer, step), accuracy in matches.items()]
-    write(options.out / "correspondence.csv", ("layer", "step", "accuracy_percent"), rows)
+    write(options.out / "sweep.csv", ("layer", "step", "head", "average_precision"), score_maps(pipe, options.clips))
+    write(options.out / "correspondence.csv", ("layer", "step", "accuracy_percent"), score_matches(pipe, call))
     print(f"sweep.csv and correspondence.csv written to {options.out}")
 
 
-def write(path: Path, columns: tuple[str, ...], rows: list[tuple[object, ...]]) -> None:
-    """A table, and its best row on the screen."""
+def write(path: Path, columns: tuple[str, ...], table: np.ndarray) -> None:
+    """A row for each cell, and the best one on the screen."""
+    rows = [(*place, round(score, 4)) for place, score in np.ndenumerate(table)]
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([columns, *rows])
-    best = max(rows, key=lambda row: float(str(row[-1])))
-    print("best of", path.name, dict(zip(columns, best, strict=True)))
+    print("best of", path.name, dict(zip(columns, max(rows, key=lambda row: row[-1]), strict=True)))
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def test_every_cell_is_scored(tmp_path: Path) -> None:
     for name in ("sweep", "correspondence"):
         with (tmp_path / f"{name}.csv").open(newline="", encoding="utf-8") as file:
             tables[name] = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
-    cells = {(row["layer"], row["noise_level"], row["head"]) for row in tables["sweep"]}
+    cells = {(row["layer"], row["step"], row["head"]) for row in tables["sweep"]}
     assert len(cells) == len(tables["sweep"]) == 5 * 3 * 4
     best = max(tables["sweep"], key=lambda row: row["average_precision"])
     assert 0.5 < best["average_precision"] <= 1
