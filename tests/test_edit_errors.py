@@ -81,6 +81,12 @@ CALLS: dict[str, tuple[Any, dict[str, Any], str]] = {
         {},
         "mask has 2 frames; expected 1, the 3 of the token grid, or the video's",
     ),
+    "too small": (
+        AttentionEdit("dog", scale=2.0, mask=torch.arange(48 * 80).view(48, 80) < 3),
+        {},
+        "the edit of 'dog' reaches none of the 3 x 3 x 5 tokens; expected a mask that covers half of one",
+    ),
+    "too short": (AttentionEdit("dog", scale=2.0, time=(0.0, 0.1)), {}, "the edit of 'dog' reaches none of the 3 x"),
     "shape": (
         AttentionEdit("dog", transform=lambda share: share[0]),
         {},

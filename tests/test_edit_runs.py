@@ -12,6 +12,7 @@ from backbones._case import find_cases, seeded
 from diffusers import CogVideoXPipeline
 from edited import scaled
 from test_undo import Boom, assert_same, boom, snapshot
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffusers_concept_maps as dcm
 from diffusers_concept_maps import AttentionEdit, edit_attention
@@ -254,6 +255,30 @@ def test_log_odds_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as patch:
             patch.setattr("diffusers_concept_maps.editing.amending._CHUNK", 3 * 6 * 11)
             torch.testing.assert_close(attention.log_odds(tokens), whole)
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many numbers the largest tensor has that an operation makes."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, torch.Tensor):
+                self.numbers = max(self.numbers, tensor.untyped_storage().nbytes() // tensor.itemsize)
+        return made
+
+
+def test_nothing_of_the_size_of_the_attention_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, value = (seeded(1, 2, 600, 16, seed=seed) for seed in (1, 2, 3))
+    tokens = torch.arange(600)[None] < 3
+    monkeypatch.setattr("diffusers_concept_maps.editing.amending._CHUNK", 2 * 600 * 10)
+    with Largest() as largest:
+        attention = AmendedAttention(query, key, value, None)
+        attention.add(attention.log_odds(tokens), tokens)
+        attention.attend(torch.arange(600))
+    assert largest.numbers <= 2 * 600 * 24
 
 
 def test_gradients_flow_through_edits(pipe: CogVideoXPipeline) -> None:

@@ -129,8 +129,6 @@ class Editor(PassListener[_Editing]):
         assert current is not None  # `records` is True
         assert current.region is not None
         region, rows = current.region, current.rows
-        if not len(region.inside):
-            return output
         query, key, value = (tensor[rows] for tensor in heads)
         stop = key.shape[2]
         if not isinstance(self._backbone, CrossBackbone):  # concepts that have joined the call come last

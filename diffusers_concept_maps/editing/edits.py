@@ -112,8 +112,19 @@ class Region:
 def find_region(
     edits: Sequence[AttentionEdit], grid: Grid, device: torch.device, geometry: Mapping[str, int]
 ) -> Region:
-    """Where edits are on a grid; read on the host, once for all passes over it."""
+    """Where edits are on a grid; read on the host, once for all passes over it.
+
+    Raises:
+        ConceptMapsValueError: an edit is nowhere on it, or its map has other frames.
+    """
     weights = [_weight(edit, grid, geometry) for edit in edits]
+    for edit, weight in zip(edits, weights, strict=True):
+        if not bool(weight.any()):
+            raise ConceptMapsValueError(
+                f"the edit of {edit.words!r} reaches none of the {grid.frames} x {grid.height} x {grid.width} tokens; "
+                f"expected a mask that covers half of one at least (a float mask covers parts), and a time that has "
+                f"the middle of a token frame in it"
+            )
     shares = [None if e.replace is None else _on_grid("replace", e.replace, grid, geometry) for e in edits]
     changed = torch.stack(weights).amax(0) > 0
     # A transform is a function of the whole map, wherever it is applied.
