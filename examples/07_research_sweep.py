@@ -1,8 +1,9 @@
 """Which layer, at which step, with which head? Two tables to plot, every cell of them scored against the truth.
 
-sweep.csv scores single heads by layer and noise level (a step of `encode`), on clips whose masks are known: how well the
-map of a color word ranks the tokens of its object (average precision). correspondence.csv scores which layer, at which step
-of a generation, knows where points go: their share within a token of where `track` finds them in the finished video.
+sweep.csv scores single heads on clips whose masks are known: how well the map of a color word ranks the tokens of
+its object (average precision). Its steps are the noise levels at which the model sees a clip. correspondence.csv
+scores the steps of a generation: which layer knows where points go, by the share of its matches that are within a
+token of where `track` finds the points in the finished video.
 
 python examples/07_research_sweep.py --out sweep
 """
