@@ -370,8 +370,8 @@ def _check(
     scale, start, stop, mode = (settings[name] for name in ("scale", "start", "stop", "mode"))
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
         raise ConceptMapsValueError(f"scale is {scale!r}; expected a number, such as 1.0")
-    if not 0 <= start < stop <= 1:
-        raise ConceptMapsValueError(f"guidance from {start} to {stop}; expected fractions 0 <= start < stop <= 1")
+    if not (isinstance(start, int | float) and isinstance(stop, int | float) and 0 <= start < stop <= 1):
+        raise ConceptMapsValueError(f"guidance from {start!r} to {stop!r}; expected fractions 0 <= start < stop <= 1")
     if mode not in MODES:
         raise ConceptMapsValueError(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}")
     check_alike(backbone, sites)

@@ -12,6 +12,7 @@ import torch
 
 from diffusers_concept_maps.backbones import find_backbone, find_transformers, uncompiled
 from diffusers_concept_maps.correspondence.matching import Matches, MatchOptions, each_head, match_points
+from diffusers_concept_maps.correspondence.points import check_points
 from diffusers_concept_maps.correspondence.probe import LayerTokens, attach_probe
 from diffusers_concept_maps.correspondence.readout import TokenGrid, covering_frames, covering_visibility
 from diffusers_concept_maps.correspondence.scores import SegmentScores, segment_scores
@@ -114,7 +115,7 @@ class _Reader:
             raise ConceptMapsValueError(
                 f"options {options} are there with parity {parity!r}, which has its own; drop one"
             )
-        queries = _check_points(points, size, num_frames)
+        queries = check_points(points, frames=num_frames, size=size)
         expected = (len(queries), num_frames)
         if visibility is not None and (visibility.shape != expected or visibility.dtype != torch.bool):
             raise ConceptMapsValueError(
@@ -331,29 +332,6 @@ def encode_correspondence(
         finally:
             probe.remove()
     return reader.found
-
-
-def _check_points(points: Any, size: tuple[int, int], num_frames: int) -> torch.Tensor:
-    """Queries as float32 `[point, 3]`.
-
-    Raises:
-        ConceptMapsValueError: another shape, no number, or a place outside of the video.
-    """
-    queries = torch.as_tensor(points, dtype=torch.float32).cpu()
-    if queries.ndim != 2 or queries.shape[1] != 3 or not len(queries):
-        raise ConceptMapsValueError(
-            f"points have shape {tuple(queries.shape)}; expected [point, 3], of which each is (frame, x, y)"
-        )
-    height, width = size
-    low, high = queries.new_tensor([0, -0.5, -0.5]), queries.new_tensor([num_frames - 1, width - 0.5, height - 0.5])
-    inside = ((queries >= low) & (queries <= high)).all(1) & (queries[:, 0] == queries[:, 0].round())
-    if not inside.all():
-        index = int((~inside).nonzero()[0])
-        raise ConceptMapsValueError(
-            f"point {index} is {tuple(queries[index].tolist())}; expected (frame, x, y) with a whole frame of 0 to "
-            f"{num_frames - 1}, x of 0 to {width - 1} and y of 0 to {height - 1} in pixels"
-        )
-    return queries
 
 
 def _split_rows(result: Any, rows: tuple[int, int]) -> Any:

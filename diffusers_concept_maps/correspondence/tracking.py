@@ -16,6 +16,7 @@ import torch
 from diffusers_concept_maps.correspondence.fusing import MatchAccumulator
 from diffusers_concept_maps.correspondence.matching import Matches, MatchOptions, difftrack_scale, match_points
 from diffusers_concept_maps.correspondence.output import TrackOutput
+from diffusers_concept_maps.correspondence.points import check_points
 from diffusers_concept_maps.correspondence.probe import LayerTokens, attach_probe
 from diffusers_concept_maps.correspondence.readout import TokenGrid
 from diffusers_concept_maps.errors import ConceptMapsValueError
@@ -89,7 +90,8 @@ def track(
             that the model makes by default.
         prompt: what to tell the model of the video.
         seed: of the noise.
-        parity: "difftrack" reads matches and scales logits as the official code does, see `docs/tracking.md`.
+        parity: "difftrack" reads matches and scales logits as the official code does, see `docs/tracking.md`; with
+            the default `readout` and `direction` only.
         call: further arguments of the pipeline's call.
 
     Returns:
@@ -105,8 +107,14 @@ def track(
     """
     if parity not in (None, *PARITIES):
         raise ConceptMapsValueError(f"unknown parity {parity!r}; expected one of {', '.join(PARITIES)}")
+    if parity and (readout, direction) != ("refined", "both"):
+        raise ConceptMapsValueError(
+            f"readout {readout!r} and direction {direction!r} are there with parity {parity!r}, which has its own; "
+            f"drop them or the parity"
+        )
     frames = read_frames(video).frames
-    queries = _check_points(points, frames)
+    source = frames.shape[2], frames.shape[3]
+    queries = check_points(points, frames=len(frames), size=source)
     single = SinglePass(pipe, prompt=prompt, call=call)
     if isinstance(layers, int):
         layers = (layers,)
@@ -116,7 +124,7 @@ def track(
     settings = _check(single, given, MatchOptions("both" if parity else direction, parity or readout, radius))
     shape = single.backbone.clip_shape(single.pipe)
     fitted, fit = fit_clip(frames, area=shape.area, multiple=shape.multiple, size=size)
-    tracker = _Tracker(single, settings, fitted, source=(frames.shape[2], frames.shape[3]))
+    tracker = _Tracker(single, settings, fitted, source=source)
     tracks, confidence, distance = tracker.follow(queries)
     metadata = {"layers": list(settings.layers), "noise_level": settings.level, "parity": parity}
     metadata |= {"transformer": type(pipe.transformer).__name__, "size": list(fit.model[1:])}
@@ -179,7 +187,8 @@ class _Tracker:
 
         def consume(layer: LayerTokens) -> None:
             nonlocal grid, sums
-            grid = self._token_grid(layer)
+            grid = layer.token_grid(self._source)
+            self.token_size = sum(grid.stride) / 2
             scale = difftrack_scale(layer.query) if settings.parity else None
             options: dict[str, Any] = {"heads": settings.heads, "scale": scale}
             if len(settings.layers) == 1:
@@ -213,13 +222,6 @@ class _Tracker:
         finally:
             probe.remove()
 
-    def _token_grid(self, layer: LayerTokens) -> TokenGrid:
-        """The grid of tokens over the pixels of the video."""
-        grid, (height, width) = layer.grid, self._source
-        stride = width / grid.width, height / grid.height
-        self.token_size = sum(stride) / 2
-        return TokenGrid(grid.frames, grid.height, grid.width, stride)
-
 
 def passes(anchor: int, count: int, settings: _Settings) -> Iterator[list[int]]:
     """The frames of every pass beside that of the queries, away from it in time.
@@ -239,34 +241,6 @@ def passes(anchor: int, count: int, settings: _Settings) -> Iterator[list[int]]:
                 yield list(targets[start : start + room])
                 if start + room >= len(targets):
                     break
-
-
-def _check_points(points: Any, frames: torch.Tensor) -> torch.Tensor:
-    """Queries as float32 `[point, 3]`.
-
-    Raises:
-        ConceptMapsValueError: another shape, no number, or a place outside of the video.
-    """
-    try:
-        queries = torch.as_tensor(points, dtype=torch.float32).detach().cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ConceptMapsValueError(
-            f"points are no table of numbers ({error}); expected [point, 3], of which each is (frame, x, y)"
-        ) from error
-    if queries.ndim != 2 or queries.shape[1] != 3 or not len(queries):
-        raise ConceptMapsValueError(
-            f"points have shape {tuple(queries.shape)}; expected [point, 3], of which each is (frame, x, y)"
-        )
-    count, _, height, width = frames.shape
-    low, high = queries.new_tensor([0, -0.5, -0.5]), queries.new_tensor([count - 1, width - 0.5, height - 0.5])
-    inside = ((queries >= low) & (queries <= high)).all(1) & (queries[:, 0] == queries[:, 0].round())
-    if not inside.all():
-        index = int((~inside).nonzero()[0])
-        raise ConceptMapsValueError(
-            f"point {index} is {tuple(queries[index].tolist())}; expected (frame, x, y) with a whole frame of 0 to "
-            f"{count - 1}, x of 0 to {width - 1} and y of 0 to {height - 1} in pixels"
-        )
-    return queries
 
 
 def _check(single: SinglePass, given: Mapping[str, Any], options: MatchOptions) -> _Settings:
@@ -293,18 +267,22 @@ def _check(single: SinglePass, given: Mapping[str, Any], options: MatchOptions) 
     if chunk is None:
         latents = (shape.frames - 1) // shape.frame_step + 1
         chunk = max(latents // backbone.geometry(transformer)["latents_per_token"], 2)
-    if chunk < 2:
-        raise ConceptMapsValueError(f"chunk is {chunk}; expected at least 2 frames, that of the queries and another")
-    if not given["visibility_tokens"] >= 0:
-        raise ConceptMapsValueError(f"visibility_tokens is {given['visibility_tokens']}; expected 0 or more tokens")
-    if stride is not None and (given["interleave"] or not 1 <= stride < chunk):
+    if not isinstance(chunk, int) or chunk < 2:
+        raise ConceptMapsValueError(f"chunk is {chunk!r}; expected at least 2 frames, that of the queries and another")
+    tokens = given["visibility_tokens"]
+    if not isinstance(tokens, int | float) or not tokens >= 0:
+        raise ConceptMapsValueError(f"visibility_tokens is {tokens!r}; expected 0 or more tokens")
+    if stride is not None and (given["interleave"] or not isinstance(stride, int) or not 1 <= stride < chunk):
         raise ConceptMapsValueError(
-            f"stride is {stride}; expected 1 to {chunk - 1} frames, and interleave=False, for passes that overlap"
+            f"stride is {stride!r}; expected 1 to {chunk - 1} frames, and interleave=False, for passes that overlap"
         )
+    levels = check_levels(level if given["noise_level"] is None else given["noise_level"])
+    if len(levels) > 1:
+        raise ConceptMapsValueError(f"noise_level is {levels}; expected one number, for points are followed at one")
     return _Settings(
         layers=tuple(sorted(layers)),
         heads=heads,
-        level=check_levels(level if given["noise_level"] is None else given["noise_level"])[0],
+        level=levels[0],
         add_noise=bool(given["add_noise"]),
         options=options,
         parity=given["parity"],

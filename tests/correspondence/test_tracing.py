@@ -211,6 +211,7 @@ def stop(*_: Any) -> dict[str, Any]:
     [
         (torch.zeros(0, 3), {}, r"^points have shape \(0, 3\); expected \[point, 3\]"),
         (torch.zeros(3), {}, r"^points have shape \(3,\)"),
+        ([(0, 1.0), (0, 1.0, 2.0)], {}, "^points are no table of numbers"),
         (
             [[0, 80.0, 3.0]],
             {},

@@ -210,7 +210,7 @@ def test_overlapping_passes_are_averaged_by_confidence(pipe: Any) -> None:
 
 def test_parity_reads_like_the_official_code(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Temperature by the number of heads, the read-out that shrinks and cuts frames, both directions."""
-    out = followed(pipe, layers=1, parity="difftrack", direction="forward")
+    out = followed(pipe, layers=1, parity="difftrack", readout="refined")
     monkeypatch.setitem(globals(), "displaced", official)
     tracks, _, _ = Reference(pipe, [1]).follow(PASSES, scale=4**-0.5)
     torch.testing.assert_close(out.tracks, tracks.float(), rtol=0, atol=1e-3)
