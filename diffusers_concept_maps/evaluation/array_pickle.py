@@ -19,7 +19,7 @@ import numpy as np
 from diffusers_concept_maps.errors import ConceptMapsError
 
 _ELEMENT = re.compile(r"[biufSU]\d+")
-_DAMAGED = (AttributeError, EOFError, LookupError, OverflowError, TypeError, ValueError)
+_DAMAGED = (AttributeError, EOFError, LookupError, OverflowError, RecursionError, TypeError, ValueError)
 
 
 class _Refused(Exception):

@@ -177,6 +177,7 @@ FLOAT = b"cnumpy\ndtype\n(U\x02f4\x89\x88tR(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff
         (b"cnumpy\ndtype\n}X\x01\x00\x00\x00ai\x01sb", "is damaged or no pickle of arrays"),
         (b"cnumpy\ndtype\n}b", r"holds a new state for a function, \{\}; expected arrays"),
         (b"cnumpy\ndtype\n(N}tb", "holds a new state for a function"),
+        (b"cnumpy\ndtype\nN" + 20_000 * b"\x85" + b"b", "is damaged or no pickle of arrays: RecursionError"),
         (
             b"cnumpy\ndtype\n(U\x02f4tR(K\x03U\x01<(NK\x02tNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb",
             "arrays of records",
