@@ -81,3 +81,19 @@ def test_images(name: str) -> None:
         pytest.raises(dcm.ConceptMapsValueError, match=message),
     ):
         case.call(pipe, PROMPTS)
+
+
+def test_preset() -> None:
+    """The embedded model has layers of its own."""
+    pipe = dcm.load_shapes_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    options: dict[str, Any] = {"num_inference_steps": 2, "max_sequence_length": 20, "output_type": "latent"}
+
+    def run() -> torch.Tensor:
+        return pipe("a red circle", generator=torch.Generator().manual_seed(0), **options).frames
+
+    with dcm.cross_attention_guidance(pipe):
+        default = run()
+    with dcm.cross_attention_guidance(pipe, layers=[1]):
+        assert torch.equal(run(), default)
+    assert not torch.equal(run(), default)
