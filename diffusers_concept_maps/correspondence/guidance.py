@@ -262,8 +262,8 @@ class _Guidance(Attachment):
         own = {name: value if name in _SHARED else _rows(value, sample.shape[0], rows) for name, value in call.items()}
         kept = {kind: _rows(state, sample.shape[0], rows) for kind, state in states.items()}
         blocks = [site.block for site in self._sites[transformer][: min(self._settings.layers)]]
-        if any("forward" in vars(block) for block in blocks):
-            blocks = []  # whoever has wrapped them, to load weights, relies on their order
+        if any("forward" in vars(module) for block in blocks for module in block.modules()):
+            blocks = []  # whoever has wrapped them or their parts, to load weights, relies on their order
         self._guide.perturbed = Pass(transformer, own, current.step, slice(None), {}, current.grid)
         try:
             with _returning(blocks, kept):

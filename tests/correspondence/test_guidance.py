@@ -279,14 +279,23 @@ def test_trace_and_guidance(pipe: CogVideoXPipeline, branch: str, attention: str
         assert not torch.equal(inner.get(method), first.get(method))
 
 
-def test_weights_that_are_elsewhere() -> None:
-    """Blocks that are wrapped to load weights run once more, in their order."""
+@pytest.mark.parametrize("level", ["block_level", "leaf_level"])
+def test_weights_that_are_elsewhere(level: str) -> None:
+    """Blocks that load weights, or whose parts do, run once more, in their order: each loads what comes next."""
     stays, moves = tiny.make_random_pipeline(), tiny.make_random_pipeline()
-    cpu = torch.device("cpu")
-    moves.transformer.enable_group_offload(cpu, cpu, offload_type="block_level", num_blocks_per_group=1)
-    assert all("forward" in vars(block) for block in moves.transformer.transformer_blocks)
-    before, expected = snapshot(moves.transformer), guided(stays)
-    torch.testing.assert_close(guided(moves), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    cpu, runs = torch.device("cpu"), []
+    moves.transformer.enable_group_offload(cpu, cpu, offload_type=level, num_blocks_per_group=1)
+    call(moves)  # diffusers prepares the model in its first run
+    before, expected = snapshot(moves.transformer), guided(stays, layers=[2])
+    hooks = [
+        block.norm1.register_forward_hook(lambda *args, layer=layer: runs.append(layer))
+        for layer, block in enumerate(moves.transformer.transformer_blocks)
+    ]
+    actual = guided(moves, layers=[2])
+    for taken in hooks:
+        taken.remove()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    assert runs == 2 * STEPS * [0, 1, 2]
     assert_same(moves.transformer, before)
 
 
