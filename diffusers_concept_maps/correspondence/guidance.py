@@ -14,24 +14,19 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from diffusers_concept_maps.attachment import Attachment, check_alike, check_free, check_without
 from diffusers_concept_maps.backbones import Backbone, Site, find_backbone, find_transformers
 from diffusers_concept_maps.compiled import is_compiled
+from diffusers_concept_maps.correspondence.within_frames import MODES, within_frames
 from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
 from diffusers_concept_maps.indices import check_indices
 from diffusers_concept_maps.listener import Announced, Pass, PassListener
 from diffusers_concept_maps.progress import Place
-
-MODES = ("zero", "renorm")
-"""What becomes of the attention to other frames: its probabilities are set to 0 ("zero"), as the official code does
-with classifier-free guidance, or those that are left are scaled to 1 again ("renorm"), as it does without."""
 
 _SHARED = ("attention_kwargs", "image_rotary_emb", "rope_interpolation_scale")
 """Arguments of transformers that are the same for all rows, whatever the length of their first dimension."""
@@ -80,6 +75,22 @@ class _Guide(PassListener[Pass]):
             )
         if getattr(transformer, "_parallel_config", None) is not None:
             raise ConceptMapsError("guidance does not work with context parallelism; disable it on the transformer")
+
+    def _check_processors(self, transformer: nn.Module) -> None:
+        """Raise where nothing would be cut any more; other listeners can go on without a layer.
+
+        Raises:
+            ConceptMapsError: the processor of a guided layer was replaced.
+        """
+        sites = self._sites[transformer]
+        replaced = [layer for layer in sorted(self._settings.layers) if not self._serves(sites[layer])]
+        if replaced:
+            names = sorted({type(sites[layer].attention.processor).__name__ for layer in replaced})
+            raise ConceptMapsError(
+                f"the attention processors of the guided layers {replaced} were replaced by {', '.join(names)}, which "
+                f"cuts nothing; fuse projections and set processors before the `with` block of guidance, and leave "
+                f"blocks in the reverse of their order"
+            )
 
     def open(self, announced: Announced, current: Pass, present: Mapping[str, slice], device: torch.device) -> Pass:
         if current.grid.frames == 1:
@@ -130,83 +141,6 @@ class _Guide(PassListener[Pass]):
         return within_frames(
             query, key, value, start=start, frames=grid.frames, size=size, mode=mode, mask=mask, linear=linear
         )
-
-
-def within_frames(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    start: int,
-    frames: int,
-    size: int,
-    mode: str,
-    mask: torch.Tensor | None = None,
-    linear: bool = False,
-) -> torch.Tensor:
-    """Attention in which the tokens of a frame see none of other frames; all other tokens see everything.
-
-    With `A` the keys that a token may see, "renorm" is its softmax attention to `A`, and "zero" that times
-    `exp(logsumexp_A - logsumexp_all)`: its softmax attention to all keys with the values outside of `A` set to 0,
-    which is how it is computed.
-
-    Args:
-        query: `[batch, H, S, D]`.
-        key: likewise.
-        value: likewise.
-        start: of the frames' tokens.
-        frames: their number.
-        size: tokens of a frame.
-        mode: one of `MODES`.
-        mask: of the model's own attention, see `PassListener.restrict`.
-        linear: see `PassListener.restrict`; the mode is "zero" then.
-
-    Returns:
-        `[batch, H, S, D]`.
-    """
-    attend = _attend_linearly if linear else _attend
-    output = torch.empty_like(value)
-    stop = start + frames * size
-    for others in (slice(0, start), slice(stop, query.shape[2])):
-        if others.stop > others.start:
-            output[:, :, others] = attend(query[:, :, others], key, value, _rows_of(mask, others))
-    kept = value.clone()
-    kept[:, :, start:stop] = 0
-    for first in range(start, stop, size):
-        own = slice(first, first + size)
-        rows = _rows_of(mask, own)
-        if mode == "zero":
-            kept[:, :, own] = value[:, :, own]
-            output[:, :, own] = attend(query[:, :, own], key, kept, rows)
-            kept[:, :, own] = 0
-        else:
-            seen, columns = (partial(_without_others, own=own, start=start, stop=stop, dim=dim) for dim in (2, -1))
-            output[:, :, own] = attend(
-                query[:, :, own], seen(key), seen(value), None if rows is None else columns(rows)
-            )
-    return output
-
-
-def _rows_of(mask: torch.Tensor | None, tokens: slice) -> torch.Tensor | None:
-    """The mask of some queries; one row may stand for all of them."""
-    return mask if mask is None or mask.shape[-2] == 1 else mask[..., tokens, :]
-
-
-def _without_others(tensor: torch.Tensor, *, own: slice, start: int, stop: int, dim: int) -> torch.Tensor:
-    """Of the frames `start` to `stop` only the own one, and everything around them."""
-    places = (slice(0, start), own, slice(stop, tensor.shape[dim]))
-    return torch.cat([tensor.narrow(dim, place.start, place.stop - place.start) for place in places], dim=dim)
-
-
-def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-
-
-def _attend_linearly(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
-) -> torch.Tensor:
-    assert mask is None  # no model has both
-    return query @ (key.mT @ value)
 
 
 class _Guidance(Attachment):

@@ -17,7 +17,7 @@ from test_undo import Boom, assert_same, boom, snapshot
 import diffusers_concept_maps as dcm
 from diffusers_concept_maps.backbones import find_transformers
 from diffusers_concept_maps.correspondence import guidance
-from diffusers_concept_maps.correspondence.guidance import MODES, within_frames
+from diffusers_concept_maps.correspondence.within_frames import MODES, within_frames
 
 PROMPTS = ["a red dog", "the sky running"]
 CONCEPTS = ["dog", "sky"]

@@ -9,7 +9,8 @@ import torch
 from backbones._case import find_cases, seeded
 
 from diffusers_concept_maps.backbones import find_backbone
-from diffusers_concept_maps.correspondence.guidance import MODES, _Guide, _Settings, within_frames
+from diffusers_concept_maps.correspondence.guidance import _Guide, _Settings
+from diffusers_concept_maps.correspondence.within_frames import MODES, within_frames
 from diffusers_concept_maps.errors import ConceptMapsValueError
 from diffusers_concept_maps.listener import Pass
 from diffusers_concept_maps.processors import concept_processor
