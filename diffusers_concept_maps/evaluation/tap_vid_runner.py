@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +91,9 @@ def evaluate_tap_vid(
         },
     }
     samples = islice(reader(path / file if path.is_dir() and file else path), limit)
+    first = list(islice(samples, 1))  # files that cannot be read leave no folder behind
     open_run(folder, run)
-    names = _do(pipe, samples, folder, mode, options)
+    names = _do(pipe, chain(first, samples), folder, mode, options)
     records = read_records(folder)
     summary = _summarize(dataset, [records[name] for name in names])
     write_json(folder / SUMMARY, {**run, **summary})

@@ -152,6 +152,14 @@ def test_command(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["--root", ".", "--guidance"], "--guidance is there with --tap-vid"),
     ],
 )
-def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_line_and_leave_nothing(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
     assert cli.main(["evaluate", "--tap-vid", "davis", *arguments]) == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not list(tmp_path.iterdir())
