@@ -72,9 +72,11 @@ def encode(
             f"encode has no argument {', '.join(unknown)}; beside its own it takes {', '.join(sorted(_OPTIONS))}"
         )
     levels = check_levels(noise_level)
-    for name, number in (("num_samples", num_samples), ("num_frames", num_frames)):
-        if number is not None and number < 1:
-            raise ConceptMapsValueError(f"{name} is {number}; expected at least 1")
+    for name, number in (("num_samples", num_samples), ("num_frames", 1 if num_frames is None else num_frames)):
+        if not isinstance(number, int) or number < 1:
+            raise ConceptMapsValueError(f"{name} is {number!r}; expected a whole number of at least 1")
+    if not isinstance(seed, int):
+        raise ConceptMapsValueError(f"seed is {seed!r}; expected a whole number")
     single = SinglePass(pipe, prompt=prompt, call=call)
     clip, fit = fit_to(single, image_or_video, size=size, num_frames=num_frames)
     notes = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,6 +146,8 @@ def fit_clip(
 
 
 def _checked(size: tuple[int, int], rows: int, columns: int) -> tuple[int, int]:
+    if not isinstance(size, Sequence) or len(size) != 2:
+        raise ConceptMapsValueError(f"size is {size!r}; expected (height, width) in pixels")
     if min(size) < 1 or size[0] % rows or size[1] % columns:
         near = [max(1, round(n / step)) * step for n, step in zip(size, (rows, columns), strict=True)]
         raise ConceptMapsValueError(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import wraps
-from math import inf
 from typing import Any, cast
 
 import torch
 
 from diffusers_concept_maps.errors import ConceptMapsValueError
+
+_LEAST = 2.0**-24
+"""What schedulers of the host take for the signal that is left, where none is, so that sigma is finite."""
 
 
 def check_levels(noise_level: object) -> list[float]:
@@ -70,9 +72,8 @@ def at_level(scheduler: Any, level: float) -> Any:
     """
     if not is_flow(scheduler):
         step = _step(scheduler, level)
-        kept = float(scheduler.alphas_cumprod[step])
-        # At the end of a schedule without terminal signal nothing is kept.
-        return one_step(scheduler, step, ((1 - kept) / kept) ** 0.5 if kept else inf)
+        kept = max(float(scheduler.alphas_cumprod[step]), _LEAST)
+        return one_step(scheduler, step, ((1 - kept) / kept) ** 0.5)
     sigma = 1 - level if getattr(scheduler.config, "invert_sigmas", False) else level
     # In single precision, as schedulers do it: integer timesteps are cut, not rounded.
     return one_step(scheduler, float(torch.tensor(sigma) * scheduler.config.num_train_timesteps), sigma)

@@ -34,6 +34,18 @@ def test_one_level(rope: bool, level: float) -> None:
     expect(maps, [by_hand(pipe, clip, level, methods=METHODS)])
 
 
+def test_where_no_signal_is_left_the_clip_does_not_matter() -> None:
+    """The schedule of the embedded model ends in nothing but noise."""
+    pipe = dcm.load_shapes_pipeline()
+    assert float(pipe.scheduler.alphas_cumprod[-1]) == 0
+    one, other = (
+        encode(pipe, torch.full((6, 3, 32, 32), value), ["red", "blue"], noise_level=1.0).get() for value in (0.1, 0.9)
+    )
+    assert torch.equal(one, other)
+    assert bool(one.isfinite().all())
+    assert float(one.std()) > 0
+
+
 def test_levels_and_samples_are_averaged() -> None:
     pipe, clip = shared(), clip_of()
     options = {"methods": METHODS, "layers": [0, 2]}
@@ -169,8 +181,13 @@ def test_the_noise_is_seeded() -> None:
         ({"noise_level": 0}, r"noise_level is 0; expected a fraction of the training schedule in \(0, 1\]"),
         ({"noise_level": (0.5, 1.2)}, "noise_level is 1.2; expected a fraction"),
         ({"noise_level": ()}, r"noise_level is \(\); expected a fraction"),
-        ({"num_samples": 0}, "num_samples is 0; expected at least 1"),
-        ({"num_frames": 0}, "num_frames is 0; expected at least 1"),
+        ({"num_samples": 0}, "num_samples is 0; expected a whole number of at least 1"),
+        ({"num_samples": 1.5}, "num_samples is 1.5; expected a whole number of at least 1"),
+        ({"num_frames": 0}, "num_frames is 0; expected a whole number of at least 1"),
+        ({"num_frames": "3"}, "num_frames is '3'; expected a whole number of at least 1"),
+        ({"seed": "a"}, "seed is 'a'; expected a whole number"),
+        ({"size": 32}, r"size is 32; expected \(height, width\) in pixels"),
+        ({"size": (32,)}, r"size is \(32,\); expected \(height, width\) in pixels"),
         ({"size": (40, 80)}, r"size \(40, 80\) \(height, width\) is not what the model takes"),
         ({"image_or_video": "no/such/file.mp4"}, "there is no file 'no/such/file.mp4'"),
         ({"image_or_video": torch.full((3, 8, 8), 2.0)}, "expected uint8, or floats in 0..1"),
