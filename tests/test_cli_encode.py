@@ -174,6 +174,28 @@ def test_mistakes_are_one_line_and_leave_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_long_video_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames that the model does not see cost no memory, and the fit still tells how many there are."""
+    from diffusers_concept_maps import encoding, media
+
+    read: list[int] = []
+
+    def counted(source: Any, *, max_frames: int | None = None) -> media.Clip:
+        clip = read_frames(source, max_frames=max_frames)
+        read.append(len(clip.frames))
+        return clip
+
+    monkeypatch.setattr(media, "read_frames", counted)
+    monkeypatch.setattr(encoding, "read_frames", counted)
+    file, out = make_file(tmp_path, "mp4", frames=40), tmp_path / "out"
+    assert cli.main(["encode", str(file), "--concepts", "red", "--out", str(out)]) == 0
+    assert read == [1, 6, 6]
+    fit = dcm.load(out / "maps.safetensors").fit
+    assert fit is not None
+    assert fit.source == (40, 34, 46)
+    assert len(read_frames(out / "overlay_0_red.mp4").frames) == 6
+
+
 def test_a_file_that_cannot_be_read_costs_no_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

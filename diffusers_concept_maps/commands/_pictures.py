@@ -41,7 +41,7 @@ def write_maps(
 
     Args:
         folder: where to.
-        frames: what the maps are of; of a clip that `encode` was given, all of them.
+        frames: what the maps are of; of a clip that `encode` was given, all of them or those that the model has seen.
         maps: of one video or image.
         title: text above the contact sheet, which names the method as well.
         fps: of the overlays.

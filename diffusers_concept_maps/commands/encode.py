@@ -57,12 +57,12 @@ def run(options: argparse.Namespace) -> int:
     from diffusers_concept_maps.visualize.overlay import as_pictures
 
     check_extra()
-    clip = read_frames(options.file)
+    read_frames(options.file, max_frames=1)  # what cannot be read is said before the model is loaded
     with staging(options.out) as folder:
         pipe, _ = load_pipeline(options.model, None, None)
         maps = encode(
             pipe,
-            clip.frames,
+            options.file,
             options.concepts,
             noise_level=options.noise_level,
             prompt=options.prompt,
@@ -73,12 +73,13 @@ def run(options: argparse.Namespace) -> int:
             methods=options.methods,
             layers=options.layers,
         )
+        assert maps.fit is not None  # `encode` has noted it
+        clip = read_frames(options.file, max_frames=maps.fit.covered)
         title = f"{options.file.name}: {options.prompt}" if options.prompt else options.file.name
         fps = options.fps or max(1, round(clip.fps or _FPS))
         overlays = write_maps(folder, as_pictures(clip.frames), maps, title=title, fps=fps)
         if options.report:
             maps.report(folder / REPORT, clip.frames, fps=fps, title=title)
-    assert maps.fit is not None  # `encode` has noted it
     print(f"{printable(str(options.file))}: {maps.fit.describe()}\n")
     print_table(maps, overlays)
     print("\n" + written(options.out, "overlays, contact_sheet.png, maps.safetensors", report=options.report))
