@@ -112,7 +112,7 @@ def describe_run(
     names = "\n".join(samples.names())
     return {
         "dataset": samples.name,
-        "dataset_options": {name: str(value) for name, value in dataset_options.items()},
+        "dataset_options": {name: _option(value) for name, value in dataset_options.items()},
         "samples": len(samples),
         "samples_sha256": hashlib.sha256(names.encode()).hexdigest(),
         "model": model or str(pipe.name_or_path),
@@ -127,6 +127,13 @@ def describe_run(
             "transformers": transformers.__version__,
         },
     }
+
+
+def _option(value: Any) -> str:
+    """An option of a reader; of a file, such as that of categories, what is in it."""
+    if isinstance(value, str | os.PathLike) and Path(value).is_file():
+        return f"sha256 {hashlib.sha256(Path(value).read_bytes()).hexdigest()}"
+    return str(value)
 
 
 def _check(pipe: Any, settings: Settings) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from diffusers_concept_maps.evaluation import judge, localization, segmentation, video
-from diffusers_concept_maps.evaluation.protocol import PROTOCOLS, Protocol, by_class_name
+from diffusers_concept_maps.evaluation.protocol import BACKGROUND_CONCEPTS, PROTOCOLS, Protocol, by_class_name
 from diffusers_concept_maps.evaluation.published import PUBLISHED, Published
 from diffusers_concept_maps.evaluation.records import is_finished
 from diffusers_concept_maps.fitting import Fit
@@ -64,7 +64,7 @@ def summarize(
         "skipped": {record["sample"]: record["skipped"] for record in chosen if "skipped" in record},
         "classes": classes,
         "methods": {method: _of_method(scored, method, protocol, classes) for method in methods},
-        "published": [_published(entry, run) for entry in _entries(run["dataset"])],
+        "published": [_published(entry, run, len(scored)) for entry in _entries(run["dataset"])],
     }
 
 
@@ -98,7 +98,7 @@ def _entries(dataset: str) -> list[Published]:
     return [entry for entry in PUBLISHED if entry.dataset == dataset.replace("-", "_")]
 
 
-def _published(entry: Published, run: Mapping[str, Any]) -> dict[str, Any]:
+def _published(entry: Published, run: Mapping[str, Any], scored: int) -> dict[str, Any]:
     """A published row, with what keeps it from being compared with this run."""
     return {
         "method": entry.method,
@@ -106,13 +106,15 @@ def _published(entry: Published, run: Mapping[str, Any]) -> dict[str, Any]:
         "scores": entry.scores,
         "source": entry.source,
         "trust": entry.trust,
-        "not_comparable": _obstacles(entry, run),
+        "not_comparable": _obstacles(entry, run, scored),
     }
 
 
-def _obstacles(entry: Published, run: Mapping[str, Any]) -> list[str]:
+def _obstacles(entry: Published, run: Mapping[str, Any], scored: int) -> list[str]:
     """Why a published row is no measure of this run; empty where only the model may differ."""
     obstacles = []
+    if entry.dataset == "imagenet_segmentation" and tuple(run["settings"]["background"]) != BACKGROUND_CONCEPTS:
+        obstacles.append(f"it had the concepts of the background {', '.join(BACKGROUND_CONCEPTS)}")
     if entry.dataset == "imagenet_segmentation" and run["settings"]["parity"] is None:
         obstacles.append("it was counted as with --parity concept_attention, which this run was not")
     if entry.dataset == "mevis":
@@ -121,6 +123,8 @@ def _obstacles(entry: Published, run: Mapping[str, Any]) -> list[str]:
             if run["judge"] is None
             else f"its judge was another one than {run['judge']}, and it has clips of its own choice"
         )
+    if scored < run["samples"]:
+        obstacles.append(f"it is of all samples, and this run of {scored} of {run['samples']}")
     return obstacles
 
 
@@ -133,7 +137,8 @@ def table(summary: Mapping[str, Any]) -> Iterator[str]:
     counts = f"{summary['scored']} of {summary['samples']} samples"
     yield f"{summary['run']['dataset']}: {counts} scored with {summary['run']['model']}"
     if summary["cut"]:
-        yield f"{summary['cut']} clips are longer than what the model takes: their first frames alone are scored"
+        clips = "1 clip is" if summary["cut"] == 1 else f"{summary['cut']} clips are"
+        yield f"{clips} longer than what the model takes: the first frames alone are scored"
     for kind, shown in _SHOWN.items():
         rows = {method: scores[kind] for method, scores in summary["methods"].items() if kind in scores}
         columns = [name for name in shown if any(row[name] is not None for row in rows.values())]

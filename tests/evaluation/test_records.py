@@ -13,7 +13,7 @@ import pytest
 
 from diffusers_concept_maps import ConceptMapsError, ConceptMapsValueError
 from diffusers_concept_maps.evaluation.processes import Process, meeting, this_process
-from diffusers_concept_maps.evaluation.protocol import by_class_name
+from diffusers_concept_maps.evaluation.protocol import BACKGROUND_CONCEPTS, by_class_name
 from diffusers_concept_maps.evaluation.records import Writer, open_run, read_records
 from diffusers_concept_maps.evaluation.summary import summarize, table
 
@@ -34,8 +34,12 @@ with meeting(process) as meet:
 """
 
 
+OFFICIAL = {"parity": "concept_attention", "background": BACKGROUND_CONCEPTS}
+
+
 def run_of(dataset: str, **changes: Any) -> dict[str, Any]:
-    return {"dataset": dataset, "model": "m", "judge": None, "settings": {"parity": None}} | changes
+    settings = {"parity": None, "background": BACKGROUND_CONCEPTS}
+    return {"dataset": dataset, "model": "m", "judge": None, "samples": 0, "settings": settings} | changes
 
 
 def test_records_come_back(tmp_path: Path) -> None:
@@ -145,15 +149,22 @@ def test_published_scores_say_what_keeps_them_from_being_compared() -> None:
     assert "ConceptAttention (not named)  dataset_pixel_accuracy 0.830  dataset_mean_iou 0.710" in text
     assert "not comparable: it was counted" in text
     assert "1 sample failed:\n  x: E: gone" in text
-    official = run_of("imagenet-segmentation", settings={"parity": "concept_attention"})
+    official = run_of("imagenet-segmentation", settings=OFFICIAL)
     assert all(entry["not_comparable"] == [] for entry in summarize(official, ["x"], records)["published"])
+    assert _reasons("imagenet-segmentation", settings=OFFICIAL | {"background": ["tree"]}, samples=7) == (
+        "it had the concepts of the background background, floor, tree, person, grass, face",
+        "it is of all samples, and this run of 0 of 7",
+    )
     for judge, reason in ((None, "this run had none"), ("eyes", "its judge was another one than eyes")):
-        (reasons,) = {
-            tuple(entry["not_comparable"])
-            for entry in summarize(run_of("mevis", judge=judge), ["x"], records)["published"]
-        }
-        assert reason in reasons[0]
+        assert reason in _reasons("mevis", judge=judge)[0]
     assert summarize(run_of("vspw"), ["x"], records)["published"] == []
+
+
+def _reasons(dataset: str, **changes: Any) -> tuple[str, ...]:
+    """What keeps every published row from being compared, the same for all, where the only sample has failed."""
+    summary = summarize(run_of(dataset, **changes), ["x"], {"x": {"sample": "x", "error": "E: gone"}})
+    (reasons,) = {tuple(entry["not_comparable"]) for entry in summary["published"]}
+    return reasons
 
 
 def test_a_long_list_of_failures_is_cut() -> None:

@@ -211,7 +211,7 @@ def test_long_clips_are_cut_and_counted(
         last = data / folder / "480p" / "clip-1" / f"00005.{suffix}"
         shutil.copy(last, last.with_stem("00006"))
     assert cli.main(arguments(data, tmp_path / "out", "--limit", "2")) == 0
-    assert "1 clips are longer than what the model takes" in capsys.readouterr().out
+    assert "1 clip is longer than what the model takes: the first frames alone are scored" in capsys.readouterr().out
     sources = [line["source"]["source"][0] for line in lines(tmp_path / "out")]
     assert sources == [6, 7]
     assert lines(tmp_path / "out")[1]["methods"]["concept_attention"]["video"]["frames"] == 6
