@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from diffusers_concept_maps.commands import load_commands
+from diffusers_concept_maps.commands._common import printable
 from diffusers_concept_maps.errors import ConceptMapsError
 
 
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status: int = options.run(options)
     except (ConceptMapsError, OSError) as error:
-        print(f"concept-maps: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"concept-maps: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     return status
 

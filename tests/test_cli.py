@@ -129,7 +129,9 @@ def test_what_would_fail_in_the_end_fails_before_generating(
     else:
         monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     assert cli.main(["generate", "--out", str(out)]) == 2
-    message = {"out": "File exists", "extra": 'pip install "diffusers-concept-maps[viz]"'}[mistake]
+    message = {"out": "which is a file; expected a folder", "extra": 'pip install "diffusers-concept-maps[viz]"'}[
+        mistake
+    ]
     assert message in capsys.readouterr().err
 
 
@@ -207,6 +209,16 @@ def test_info_prints_nothing_that_steers_a_terminal(tmp_path: Path, capsys: pyte
     assert "\x1b" not in out
     assert "a?[31m" in out
     assert "b?[0m" in out
+
+
+def test_errors_hold_nothing_that_steers_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Decoders repeat the name of the file in their own messages."""
+    file = tmp_path / "a\x1b[31m.mp4"
+    file.write_text("no video", encoding="utf-8")
+    assert cli.main(["encode", str(file), "--concepts", "red", "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "\x1b" not in error
+    assert "as a picture or a video" in error
 
 
 def test_info_of_what_is_no_file_of_maps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from diffusers_concept_maps.errors import ConceptMapsError
+from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
 from diffusers_concept_maps.files import slug as slug
 
 
@@ -35,9 +35,24 @@ def seed(text: str) -> int:
     return int(text)
 
 
+def check_folder(folder: Path) -> None:
+    """Check the folder that a command is to write to, which need not be there.
+
+    Raises:
+        ConceptMapsValueError: it is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConceptMapsValueError(f"--out is {str(folder)!r}, which is a file; expected a folder to write to")
+
+
 @contextlib.contextmanager
 def staging(folder: Path) -> Iterator[Path]:
-    """A folder whose files are moved into `folder` once all of them are there; a failure leaves nothing of it."""
+    """A folder whose files are moved into `folder` once all of them are there; a failure leaves nothing of it.
+
+    Raises:
+        ConceptMapsValueError: `folder` is a file.
+    """
+    check_folder(folder)
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from diffusers_concept_maps.commands._common import load_pipeline, positive, printable, seed
+from diffusers_concept_maps.commands._common import check_folder, load_pipeline, positive, printable, seed
 from diffusers_concept_maps.commands._judge import add_judge_arguments, judge_of
 from diffusers_concept_maps.errors import ConceptMapsValueError
 
@@ -64,10 +64,11 @@ def run_dataset(options: argparse.Namespace) -> int:
 
     if options.root is None:
         raise ConceptMapsValueError(f"--dataset {options.dataset} is there without --root, the folder it is in")
+    out = options.out or Path("evaluation", options.dataset)
+    check_folder(out)
     settings, judge, process = _settings(options), judge_of(options), this_process()
     pipe, _ = load_pipeline(options.model, None, None, gpu=process.local_rank, offload=not options.keep_on_gpu)
     given = {name: getattr(options, name) for name in _READER_OPTIONS}
-    out = options.out or Path("evaluation", options.dataset)
     summary = evaluate(
         pipe,
         options.dataset,

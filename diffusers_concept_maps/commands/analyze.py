@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusers_concept_maps.commands._common import load_pipeline, positive, printable, seed, staging
+from diffusers_concept_maps.commands._common import check_folder, load_pipeline, positive, printable, seed, staging
 from diffusers_concept_maps.errors import ConceptMapsValueError
 
 if TYPE_CHECKING:
@@ -59,8 +59,7 @@ def run(options: argparse.Namespace) -> int:
 
     analysis = find_analysis(options.name)
     require("matplotlib")
-    if options.out.exists() and not options.out.is_dir():
-        raise ConceptMapsValueError(f"--out is {str(options.out)!r}, which is a file; expected a folder to write to")
+    check_folder(options.out)
     levels = options.noise_level or analysis.noise_levels or ((0.7,) if options.dataset == _SHAPES else (0.5,))
     settings = {
         "score": options.score,
