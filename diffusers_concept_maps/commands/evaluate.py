@@ -57,12 +57,28 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         ConceptMapsError: an argument cannot be used.
     """
+    _check_read(options)
     if options.suite is not None:
         return SUITES[options.suite](options)
     if options.guidance:
         what = "--dataset" if options.tap_vid is None else "--tap-vid"
         raise ConceptMapsValueError(f"--guidance is there with {what}; expected it with --suite shapes")
     return run_dataset(options) if options.tap_vid is None else run_tap_vid(options)
+
+
+def _check_read(options: argparse.Namespace) -> None:
+    """Raise where an argument is given that what is to be scored does not read."""
+    what = options.suite or ("dataset" if options.tap_vid is None else "tap-vid")
+    unread = []
+    for kind, add_arguments in _ARGUMENTS.items():
+        alone = argparse.ArgumentParser()
+        add_arguments(alone)
+        for name, default in vars(alone.parse_args([])).items():
+            if kind != what and name not in _SHARED.get(what, ()) and getattr(options, name) != default:
+                unread.append(f"--{name.replace('_', '-')}")
+    if unread:
+        chosen = f"--{what}" if options.suite is None else f"--suite {what}"
+        raise ConceptMapsValueError(f"{', '.join(unread)} would not be read with {chosen}; leave it out")
 
 
 def _shapes(options: argparse.Namespace) -> int:
@@ -117,6 +133,19 @@ def _print_results(results: Iterable[Result]) -> int:
         print(f"{len(red)} gates are red: {'; '.join(red)}" if red else "all gates are green")
     return 1 if red else 0
 
+
+_ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
+    "dataset": add_dataset_arguments,
+    "tap-vid": add_tap_vid_arguments,
+    "correspondence": add_correspondence_arguments,
+}
+"""What has arguments of its own."""
+
+_SHARED = {
+    "tap-vid": ("root", "limit", "out", "layers", "noise_level", "size", "seed", "parity", "keep_on_gpu"),
+    "correspondence": ("root", "limit", "out", "layers"),
+}
+"""What else is read of the arguments of data sets."""
 
 SUITES: dict[str, Callable[[argparse.Namespace], int]] = {
     "correspondence": run_correspondence,

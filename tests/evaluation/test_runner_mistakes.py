@@ -55,6 +55,25 @@ def test_other_settings_are_no_resumption(root: Path, whole: Path, capsys: pytes
     assert 'dataset was "davis-2017" and is now "davis-2016"' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--dataset", "davis-2017", "--root", ".", "--mode", "strided"], "--mode would not be read with --dataset"),
+        (["--tap-vid", "davis", "--root", ".", "--methods", "imap"], "--methods would not be read with --tap-vid"),
+        (
+            ["--suite", "shapes", "--limit", "3", "--steps", "2"],
+            "--limit, --steps would not be read with --suite shapes",
+        ),
+        (["--suite", "correspondence", "--seed", "3"], "--seed would not be read with --suite correspondence"),
+    ],
+)
+def test_arguments_that_would_not_be_read_are_refused(
+    given: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["evaluate", *given]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_other_names_of_the_objects_are_another_run(
     root: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
