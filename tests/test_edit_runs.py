@@ -129,7 +129,9 @@ def test_only_the_steps_that_are_asked_for(pipe: CogVideoXPipeline) -> None:
     assert torch.equal(both[2], inputs(lambda: edited(pipe))[2])
 
 
-@pytest.mark.parametrize("name", ["CogVideoX", "Wan 2.1", "LTX-Video"])
+@pytest.mark.parametrize(
+    "name", ["CogVideoX", "HunyuanVideo", "Wan 2.1", "LTX-Video", "SD3", "Kandinsky 5", "Cosmos", "Mochi"]
+)
 def test_every_prompt_has_its_own_words(name: str) -> None:
     """Edited together or one by one, in batched guidance and in two passes."""
     case = CASES[name]
@@ -137,7 +139,7 @@ def test_every_prompt_has_its_own_words(name: str) -> None:
     edits = [AttentionEdit("dog", scale=6.0), AttentionEdit(["a", "dog"], replace=torch.full((2, 2), 0.4))]
     noise: list[torch.Tensor] = []
     hook = pipe.transformer.register_forward_pre_hook(
-        lambda module, args, given: noise.append(given["hidden_states"]), with_kwargs=True
+        lambda module, args, given: noise.append(given["hidden_states"].clone()), with_kwargs=True
     )
     stock = case.call(pipe, PROMPTS)
     hook.remove()

@@ -53,6 +53,7 @@ class LTX2Backbone(CrossBackbone):
     """
 
     transformer_classes: ClassVar[tuple[str, ...]] = ("LTX2VideoTransformer3DModel",)
+    editable: ClassVar[bool] = True
 
     def sites(self, transformer: Any) -> list[Site]:
         """See `Backbone.sites`."""
@@ -201,6 +202,9 @@ class _LTX2Processor(ConceptProcessor):
             output = attend_video(listener, attn, (query, key, value), mask, partial(self._attend, mask=mask))
         else:
             output = self._attend(query, key, value, mask)
+            heads = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+            whole, output = slice(0, None), output.transpose(1, 2)
+            output = self.amend(attn, heads, output, text=whole, image=whole, mask=mask).transpose(1, 2)
         states = output.flatten(2, 3).to(query.dtype)
         if perturbation is not None:
             states = torch.lerp(value.flatten(2, 3), states, perturbation)

@@ -41,6 +41,7 @@ class SD3Backbone(ImageInput, JointBackbone):
     """SD3, SD3.5 large, and SD3.5 medium, whose first blocks attend to the image once more without text."""
 
     transformer_classes: ClassVar[tuple[str, ...]] = ("SD3Transformer2DModel",)
+    editable: ClassVar[bool] = True
 
     def sites(self, transformer: Any) -> list[Site]:
         """See `Backbone.sites`."""
@@ -138,7 +139,7 @@ class _JointProcessor(ConceptProcessor, ABC):
                 return hidden_states
             output = recorder.answer(*self._project_text(attn, encoder_hidden_states))
             return hidden_states, _finish_text(attn, _join_heads(output))
-        if recorder is None or encoder_hidden_states is None or not recorder.records(attn):
+        if encoder_hidden_states is None or self.listener(attn) is None:
             stock: Any = super()
             return stock.__call__(attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
         return self._record(attn, hidden_states, encoder_hidden_states)
@@ -150,15 +151,17 @@ class _JointProcessor(ConceptProcessor, ABC):
         encoder_hidden_states: torch.Tensor,
         adapt: Callable[[torch.Tensor], torch.Tensor] = lambda image: image,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A call that is recorded; `adapt` changes what the image has read, before its output projection."""
-        recorder = self.recorder
-        assert recorder is not None  # it records
+        """A call that is listened to; `adapt` changes what the image has read, before its output projection."""
+        recorder = self.listener(attn)
+        assert recorder is not None  # `__call__` has looked
         query, key, value = self._project(attn, hidden_states, encoder_hidden_states)
         output = functional.scaled_dot_product_attention(query, key, value, dropout_p=0.0, is_causal=False)
-        states = _join_heads(output).to(query.dtype)
         count = hidden_states.shape[1]
+        at_text, at_image = slice(count, None), slice(0, count)
+        output = self.amend(attn, (query, key, value), output, text=at_text, image=at_image)
+        states = _join_heads(output).to(query.dtype)
         image, text = self._finish(attn, adapt(states[:, :count]), states[:, count:])
-        recorder.observe(attn, query, key, value, output, text=slice(count, None), image=slice(0, count))
+        recorder.observe(attn, query, key, value, output, text=at_text, image=at_image)
         return image, text
 
     @abstractmethod
@@ -233,9 +236,8 @@ class ConceptSD3IPAdapterJointAttnProcessor2_0(_SeparateProcessor, SD3IPAdapterJ
         temb: torch.Tensor | None = None,
     ) -> Any:
         """As `ConceptJointAttnProcessor2_0`; tokens of the other image `[batch, token, width]` and of their time."""
-        recorder = self.recorder
-        quiet = recorder is None or recorder.answering or not recorder.records(attn)
-        if quiet or encoder_hidden_states is None:
+        answering = self.recorder is not None and self.recorder.answering
+        if answering or encoder_hidden_states is None or self.listener(attn) is None:
             given = (hidden_states, encoder_hidden_states, attention_mask, ip_hidden_states, temb)
             return super().__call__(attn, *given)
 
