@@ -1,6 +1,6 @@
 """Attention that is written to: words of the prompt are given more or less of it, or a map of one's own.
 
-As AttentionBender (arXiv 2604.20936) does with Wan, for artists and for whoever wants to know what a map does: what a
+As AttentionBender (arXiv 2604.20936) does, for artists and for whoever wants to know what a map does: what a
 map is a picture of is changed while the video is generated, where and when it is asked for.
 """
 
