@@ -43,7 +43,6 @@ EDITS: dict[str, tuple[str, list[AttentionEdit]]] = {
     "two objects, no edit": (TWO, []),
     "`red` left, `blue` right": (TWO, side("red", 8.0, 0.0) + side("blue", 0.0, 8.0)),
     "`red circle` left, `blue square` right": (TWO, side("red circle", 8.0, 0.0) + side("blue square", 0.0, 8.0)),
-    "`red` mirrored": (TWO, [AttentionEdit("red", transform=lambda share: share.flip(-1))]),
 }
 SHOWN = ("`red` left, `blue` right", "`red circle` left, `blue square` right")
 
