@@ -1,4 +1,4 @@
-"""Write the page of the backbones from what they declare: `python docs/make_backbones.py`."""
+"""Write the pages of the backbones from what they declare: `python docs/make_backbones.py`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from diffusers_concept_maps.backbones import Backbone, JointBackbone, Preset, fi
 from diffusers_concept_maps.heads import HeadSelection
 from diffusers_concept_maps.methods import find_method, method_names
 
-PAGE = Path(__file__).parent / "backbones.md"
+DOCS = Path(__file__).parent
+INDEX = "backbones.md"
 HEAD = """\
 # Backbones
 
@@ -23,16 +24,30 @@ The transformer classes of diffusers that can be traced. One that the installed 
 - **Cross-attention**: no block updates the text, so that concepts have keys and read nothing. `concept_attention` is
   refused there, with the methods that exist.
 
-| transformer classes | attention | methods |
-|---|---|---|
+| page | transformer classes | attention | methods |
+|---|---|---|---|
 """
 
 
-def page() -> str:
-    """The whole page."""
+def pages() -> dict[str, str]:
+    """The texts of the index and of one page for each backbone, by path within `docs`."""
     backbones = sorted(find_backbones(), key=lambda backbone: backbone.transformer_classes)
-    rows = "\n".join(f"| {_classes(one)} | {_attention(one)} | {', '.join(_methods(one))} |" for one in backbones)
-    return "\n".join([HEAD + rows, *(line for one in backbones for line in _section(one))]) + "\n"
+    by_name: dict[str, list[Backbone]] = {}
+    for backbone in backbones:
+        by_name.setdefault(_name(backbone), []).append(backbone)
+    rows = "\n".join(_row(backbone) for backbone in backbones)
+    written = {f"backbones/{name}.md": "\n".join(_page(ones)) + "\n" for name, ones in by_name.items()}
+    return {INDEX: f"{HEAD}{rows}\n"} | written
+
+
+def _name(backbone: Backbone) -> str:
+    return type(backbone).__module__.rpartition(".")[2]
+
+
+def _row(backbone: Backbone) -> str:
+    name = _name(backbone)
+    methods = ", ".join(_methods(backbone))
+    return f"| [{name}](backbones/{name}.md) | {_classes(backbone)} | {_attention(backbone)} | {methods} |"
 
 
 def _classes(backbone: Backbone) -> str:
@@ -48,22 +63,29 @@ def _methods(backbone: Backbone) -> Iterator[str]:
     return (f"`{name}`" for name in method_names() if joint or not find_method(name).reading)
 
 
-def _section(backbone: Backbone) -> Iterator[str]:
-    text = inspect.cleandoc(sys.modules[type(backbone).__module__].__doc__ or "")
+def _page(backbones: list[Backbone]) -> Iterator[str]:
+    """The lines of the page of a module, whose backbones mostly are one."""
+    text = inspect.cleandoc(sys.modules[type(backbones[0]).__module__].__doc__ or "")
     title, _, rest = text.partition("\n\n")
-    yield from ("", f"## {title.rstrip('.').replace(chr(10), ' ')}", "")
+    yield from (f"# {title.rstrip('.').replace(chr(10), ' ')}", "")
     if rest:
         yield from (rest, "")
-    yield f"Classes: {_classes(backbone)}. " + (
-        "Both guidance branches are one batch." if backbone.batched_guidance else "Each guidance branch is one pass."
-    )
+    for backbone in backbones:
+        yield from _facts(backbone)
+    yield "[All backbones](../backbones.md)"
+
+
+def _facts(backbone: Backbone) -> Iterator[str]:
+    yield f"- Classes: {_classes(backbone)}"
+    yield f"- Attention: {_attention(backbone)}"
+    yield f"- Methods: {', '.join(_methods(backbone))}"
+    yield f"- Guidance: {'both branches are one batch' if backbone.batched_guidance else 'each branch is one pass'}"
+    yield ""
     if backbone.presets:
-        yield from (
-            "",
-            "| checkpoint | layers | heads | matching | guidance | source |",
-            "|---|---|---|---|---|---|",
-            *map(_preset, backbone.presets),
-        )
+        yield "| checkpoint | layers | heads | matching | guidance | source |"
+        yield "|---|---|---|---|---|---|"
+        yield from map(_preset, backbone.presets)
+        yield ""
 
 
 def _preset(preset: Preset) -> str:
@@ -89,4 +111,6 @@ def _ranges(numbers: tuple[int, ...]) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    (DOCS / "backbones").mkdir(exist_ok=True)
+    for name, text in pages().items():
+        (DOCS / name).write_text(text, encoding="utf-8")

@@ -32,9 +32,34 @@ def test_the_readme_shows_the_contact_sheet_of_the_command() -> None:
         assert sheet.width > 600
 
 
-def test_the_page_of_the_backbones_is_what_they_declare() -> None:
-    make = runpy.run_path(str(ROOT / "docs" / "make_backbones.py"))
-    assert (ROOT / "docs" / "backbones.md").read_text(encoding="utf-8") == make["page"](), "run docs/make_backbones.py"
+@pytest.mark.parametrize("script", ["make_api.py", "make_backbones.py", "make_errors.py"])
+def test_generated_pages_are_what_the_code_says(script: str) -> None:
+    pages = runpy.run_path(str(ROOT / "docs" / script))["pages"]()
+    stale = [name for name, text in pages.items() if (ROOT / "docs" / name).read_text(encoding="utf-8") != text]
+    assert not stale, f"run docs/{script}"
+
+
+def test_no_page_is_of_a_backbone_that_is_gone() -> None:
+    pages = runpy.run_path(str(ROOT / "docs" / "make_backbones.py"))["pages"]()
+    written = {f"backbones/{path.name}" for path in (ROOT / "docs" / "backbones").glob("*.md")}
+    assert written | {"backbones.md"} == set(pages)
+
+
+def test_every_page_of_the_site_is_in_its_navigation_once() -> None:
+    config = (ROOT / "docs" / "site" / "mkdocs.yml").read_text(encoding="utf-8")
+    listed = re.findall(r"[\w/]+\.md$", config.partition("\nnav:\n")[2], re.MULTILINE)
+    there = [str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")]
+    assert sorted(listed) == sorted(there)
+
+
+def test_links_of_the_site_stay_in_it_and_their_anchors_exist() -> None:
+    for page in (ROOT / "docs").rglob("*.md"):
+        for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8")):
+            file = (page.parent / target).resolve() if target else page
+            assert file.is_relative_to(ROOT / "docs"), (page, target)
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+                assert anchor in {re.sub(r"[^\w -]", "", one).lower().replace(" ", "-") for one in headings}
 
 
 def test_the_page_of_encoding_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
