@@ -19,6 +19,9 @@ TOOLS = {
     "ruff": "",
     "mypy": "",
     "pytest": "",
+    "mkdocs": "",
+    "chromium": "",
+    "chromedriver": "",
     "concept-maps": 'mkdir -p "$3" && echo x | tee "$3/a.mp4" "$3/a.png" "$3/maps.safetensors" >/dev/null',
 }
 
