@@ -54,6 +54,16 @@ ARGUMENTS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "dimensions": (lambda: AttentionEdit("dog", scale=2.0, mask=torch.ones(2)), r"mask is torch.float32 \[2\]; expec"),
     "values": (lambda: AttentionEdit("dog", replace=torch.full((2, 2), 1.5)), "replace has values outside of 0..1"),
+    "words": (lambda: AttentionEdit(3, scale=2.0), "words is 3; expected a word of the prompt, or a list of words"),  # type: ignore[arg-type]
+    "no range": (lambda: AttentionEdit("dog", scale=2.0, time=1), "time is 1; expected fractions"),  # type: ignore[arg-type]
+    "three times": (
+        lambda: AttentionEdit("dog", scale=2.0, time=(0, 0.5, 1)),  # type: ignore[arg-type]
+        r"time is \(0, 0.5, 1\); expected fractions",
+    ),
+    "texts": (
+        lambda: AttentionEdit("dog", scale=2.0, time=("0", "1")),  # type: ignore[arg-type]
+        r"time is \('0', '1'\); expected fractions",
+    ),
     "time": (lambda: AttentionEdit("dog", scale=2.0, time=(0.5, 0.5)), r"time is \(0.5, 0.5\); expected fractions"),
 }
 
@@ -66,6 +76,7 @@ def test_wrong_edits(make: Callable[[], Any], message: str) -> None:
 
 CALLS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no edit": (["dog"], {}, "edits has 'dog'; expected AttentionEdit objects"),
+    "no list": (3, {}, "edits is 3; expected an AttentionEdit, or a list of them"),
     "no words": (AttentionEdit((), scale=2.0), {}, "an edit names no words; name at least one"),
     "layer": (DOG, {"layers": [3]}, "layer 3 is out of range; expected an integer of 0 to 2"),
     "step": (DOG, {"steps": [3]}, "step 3 is out of range; this run has 3 steps, 0 to 2"),
@@ -91,6 +102,11 @@ CALLS: dict[str, tuple[Any, dict[str, Any], str]] = {
         AttentionEdit("dog", transform=lambda share: share[0]),
         {},
         r"transform has returned \[3, 3, 5\]; expected a tensor of the shape it was given, \[4, 3, 3, 5\]",
+    ),
+    "not a number": (
+        AttentionEdit("dog", transform=lambda share: share * torch.nan),
+        {},
+        "transform has returned shares that are not a number; expected numbers in 0..1",
     ),
     "no tensor": (AttentionEdit("dog", transform=lambda share: None), {}, "transform has returned NoneType; expected"),
 }

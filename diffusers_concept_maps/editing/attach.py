@@ -83,6 +83,8 @@ def edit_attention(
 
 
 def _check_edits(edits: AttentionEdit | Sequence[AttentionEdit]) -> list[AttentionEdit]:
+    if not isinstance(edits, AttentionEdit | Sequence):
+        raise ConceptMapsValueError(f"edits is {edits!r}; expected an AttentionEdit, or a list of them")
     chosen = [edits] if isinstance(edits, AttentionEdit) else list(edits)
     for edit in chosen:
         if not isinstance(edit, AttentionEdit):

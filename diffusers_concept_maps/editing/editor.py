@@ -189,6 +189,10 @@ def _transformed(transform: Callable[[torch.Tensor], torch.Tensor], present: tor
                 f"transform has returned {got}; expected a tensor of the shape it was given, {list(shape)} (head, "
                 f"frame, height, width)"
             )
+        if bool(changed.isnan().any()) and not bool(video.isnan().any()):
+            raise ConceptMapsValueError(
+                "transform has returned shares that are not a number; expected numbers in 0..1"
+            )
         made.append(changed.to(present).clamp(0, 1).flatten(1))
     return torch.stack(made)
 

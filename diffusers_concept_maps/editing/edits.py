@@ -49,6 +49,8 @@ class AttentionEdit:
 
     def __post_init__(self) -> None:
         """Check the arguments, as far as they can be without a model."""
+        if not isinstance(self.words, str | Sequence):
+            raise ConceptMapsValueError(f"words is {self.words!r}; expected a word of the prompt, or a list of words")
         given = [name for name in _OPERATIONS if getattr(self, name) is not None]
         if len(given) != 1:
             raise ConceptMapsValueError(
@@ -64,8 +66,7 @@ class AttentionEdit:
             raise ConceptMapsValueError(f"transform is {self.transform!r}; expected a function of a tensor")
         _check_map("replace", self.replace, bools=False)
         _check_map("mask", self.mask, bools=True)
-        start, stop = self.time
-        if not 0 <= start < stop <= 1:
+        if not _is_range(self.time):
             raise ConceptMapsValueError(f"time is {self.time}; expected fractions 0 <= start < stop <= 1 of the clip")
 
     @property
@@ -77,6 +78,12 @@ class AttentionEdit:
     def identity(self) -> bool:
         """Whether it changes nothing, whatever the model."""
         return self.scale == 1 or (self.mask is not None and not bool(self.mask.any()))
+
+
+def _is_range(time: object) -> bool:
+    if not isinstance(time, Sequence) or len(time) != 2 or not all(isinstance(end, int | float) for end in time):
+        return False
+    return bool(0 <= time[0] < time[1] <= 1)
 
 
 def _check_map(name: str, tensor: object, *, bools: bool) -> None:
