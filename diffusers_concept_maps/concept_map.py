@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from diffusers_concept_maps.errors import ConceptMapsError
+from diffusers_concept_maps.errors import ConceptMapsError, ConceptMapsValueError
 from diffusers_concept_maps.fitting import Fit
 from diffusers_concept_maps.upsample import spread_frames
 
@@ -60,11 +60,14 @@ class ConceptMap:
             a path, one image for one, an array, or a tensor.
 
         Raises:
+            ConceptMapsValueError: the batch has no such map.
             ConceptMapsError: as `visualize.overlay.overlay`.
         """
         from diffusers_concept_maps.visualize.frames import open_frames
         from diffusers_concept_maps.visualize.overlay import overlay
 
+        if not 0 <= index < len(self.tensor):
+            raise ConceptMapsValueError(f"index is {index}; expected a map of the batch, 0 to {len(self.tensor) - 1}")
         canvas, padding = open_frames(frames), 0
         if self.fit is not None and len(canvas.pixels) in (self.fit.covered, self.fit.source[0]):
             canvas, padding = canvas.first(self.fit.covered), self.fit.padding

@@ -128,6 +128,12 @@ def test_wrong_map_and_opacity_are_refused(pixels: np.ndarray, concept_map: torc
         overlay(pixels, concept_map, opacity=1.5)
 
 
+@pytest.mark.parametrize("index", [-1, 1])
+def test_a_map_that_the_batch_has_not_is_refused(index: int, pixels: np.ndarray, concept_map: torch.Tensor) -> None:
+    with pytest.raises(ConceptMapsValueError, match=rf"^index is {index}; expected a map of the batch, 0 to 0$"):
+        ConceptMap("red", concept_map[None]).overlay(pixels, index=index)
+
+
 def test_enlarge_repeats_pixels(pixels: np.ndarray) -> None:
     large = enlarge([Image.fromarray(frame) for frame in pixels], 50)
     assert np.array_equal(np.asarray(large[1]), pixels[1].repeat(3, 0).repeat(3, 1))
