@@ -26,13 +26,15 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         A path in the same folder, with the same suffix: many writers take the format from it.
 
     Raises:
-        ConceptMapsError: the folder is not there.
+        ConceptMapsError: the folder is not there, or there is a folder in place of the file.
     """
     target = Path(path).absolute()
     if not target.parent.is_dir():
         raise ConceptMapsError(
             f"{os.fspath(path)!r} cannot be written, because there is no folder {str(target.parent)!r}; make it first"
         )
+    if target.is_dir():
+        raise ConceptMapsError(f"{os.fspath(path)!r} is a folder; name a file to write")
     partial = target.with_name(f".{target.stem}.partial{target.suffix}")
     try:
         yield partial

@@ -62,6 +62,13 @@ def test_a_missing_folder_is_named_before_anything_is_written(tmp_path: Path) ->
     assert seen == []
 
 
+def test_a_folder_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    seen: list[Path] = []
+    with pytest.raises(ConceptMapsError, match=r"^'.*' is a folder; name a file to write$"):
+        write(tmp_path, seen)
+    assert seen == []
+
+
 def test_a_name_is_relative_to_the_folder_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also if the block changes the working folder, and a name is never read as an option."""
     (tmp_path / "other").mkdir()
