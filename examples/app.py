@@ -191,12 +191,10 @@ def scores(look: Look) -> list[list[str]]:
 
 
 def export(look: Look, concept: str, opacity: float) -> list[str]:
-    """Files to take away: the maps, the overlay that is looked at, and the report where this version writes one."""
-    files = [str(look.path("maps.safetensors")), overlay(look, concept, opacity)]
-    if hasattr(look.maps, "report"):
-        files.append(str(look.path("report.html")))
-        look.maps.report(files[-1], frames=look.frames)
-    return files
+    """Files to take away: the maps, the overlay that is looked at, and the page that shows them."""
+    report = look.path("report.html")
+    look.maps.report(report, frames=look.frames)
+    return [str(look.path("maps.safetensors")), overlay(look, concept, opacity), str(report)]
 
 
 def page(studio: Studio) -> Any:
