@@ -15,7 +15,6 @@ from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_kandinsky import Kandinsky5AttnProcessor, nablaT_v2
 from diffusers.pipelines.kandinsky5.pipeline_kandinsky import prompt_clean
 from torch.nn.utils.rnn import pad_sequence
@@ -31,7 +30,7 @@ from diffusers_concept_maps.backbones._real import (
 )
 from diffusers_concept_maps.errors import ConceptMapsError
 from diffusers_concept_maps.processors._base import ConceptProcessor
-from diffusers_concept_maps.processors.video import attend_video
+from diffusers_concept_maps.processors.video import attend_video, dispatch
 from diffusers_concept_maps.tokens import (
     check_encoders,
     spans_inside,
@@ -211,29 +210,16 @@ class ConceptKandinsky5AttnProcessor(ConceptProcessor, Kandinsky5AttnProcessor):
         if encoder_hidden_states is None:
             query, key = (states if rotary_emb is None else _rotate(states, rotary_emb) for states in (query, key))
             blocks = None if sparse_params is None else _sparse_mask(recorder, query, key, sparse_params)
-            attend = partial(self._attend, mask=blocks)
+            attend = partial(dispatch, self, mask=blocks)
             output = attend_video(recorder, attn, (query, key, value), None, attend)
             return cast(torch.Tensor, attn.out_layer(output.flatten(-2, -1)))
-        output = self._attend(query, key, value, None)  # of text it is dense, without positions
+        output = dispatch(self, query, key, value, None)  # of text it is dense, without positions
         query, output, key, value = (tensor.transpose(1, 2) for tensor in (query, output, key, value))
         whole = slice(0, None)
         output = self.amend(attn, (query, key, value), output, text=whole, image=whole)
         states = attn.out_layer(output.transpose(1, 2).flatten(-2, -1))
         recorder.observe_crossing(attn, query, output, key, partial(self.project_key, attn))
         return cast(torch.Tensor, states)
-
-    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any) -> torch.Tensor:
-        return cast(
-            torch.Tensor,
-            dispatch_attention_fn(
-                query,
-                key,
-                value,
-                attn_mask=mask,
-                backend=self._attention_backend,
-                parallel_config=self._parallel_config,
-            ),
-        )
 
     def project_key(self, attn: Any, text: torch.Tensor) -> torch.Tensor:
         """See `ConceptProcessor.project_key`."""

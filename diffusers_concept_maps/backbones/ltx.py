@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_ltx import LTXAttention, LTXVideoAttnProcessor, apply_rotary_emb
 
 from diffusers_concept_maps.backbones._base import CrossBackbone, Grid, Site
@@ -26,7 +25,7 @@ from diffusers_concept_maps.backbones._real import (
 )
 from diffusers_concept_maps.errors import ConceptMapsError
 from diffusers_concept_maps.processors._base import ConceptProcessor
-from diffusers_concept_maps.processors.video import attend_video
+from diffusers_concept_maps.processors.video import attend_video, dispatch
 from diffusers_concept_maps.tokens import check_encoders, undisturbed, word_tokens
 
 _TEXT_TOKENS = 128
@@ -171,10 +170,10 @@ class ConceptLTXVideoAttnProcessor(ConceptProcessor, LTXVideoAttnProcessor):
             query, key = apply_rotary_emb(query, image_rotary_emb), apply_rotary_emb(key, image_rotary_emb)
         query, key, value = (_split_heads(attn, states) for states in (query, key, value))
         if encoder_hidden_states is None:
-            attend = partial(self._attend, mask=attention_mask)
+            attend = partial(dispatch, self, mask=attention_mask)
             output = attend_video(recorder, attn, (query, key, value), attention_mask, attend)
         else:
-            output = self._attend(query, key, value, attention_mask)
+            output = dispatch(self, query, key, value, attention_mask)
             heads = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
             whole, output = slice(0, None), output.transpose(1, 2)
             output = self.amend(attn, heads, output, text=whole, image=whole, mask=attention_mask).transpose(1, 2)
@@ -183,23 +182,6 @@ class ConceptLTXVideoAttnProcessor(ConceptProcessor, LTXVideoAttnProcessor):
             query, output, key = (tensor.transpose(1, 2) for tensor in (query, output, key))
             recorder.observe_crossing(attn, query, output, key, partial(self.project_key, attn))
         return cast(torch.Tensor, result)
-
-    def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        return cast(
-            torch.Tensor,
-            dispatch_attention_fn(
-                query,
-                key,
-                value,
-                attn_mask=mask,
-                dropout_p=0.0,
-                is_causal=False,
-                backend=self._attention_backend,
-                parallel_config=self._parallel_config,
-            ),
-        )
 
     def project_key(self, attn: LTXAttention, text: torch.Tensor) -> torch.Tensor:
         """See `ConceptProcessor.project_key`."""

@@ -15,7 +15,6 @@ from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_ltx2 import (
     LTX2Attention,
     LTX2AudioVideoAttnProcessor,
@@ -34,7 +33,7 @@ from diffusers_concept_maps.backbones._real import (
 )
 from diffusers_concept_maps.errors import ConceptMapsError
 from diffusers_concept_maps.processors._base import ConceptProcessor
-from diffusers_concept_maps.processors.video import attend_video
+from diffusers_concept_maps.processors.video import attend_video, dispatch
 from diffusers_concept_maps.tokens import check_encoders, token_spans, undisturbed, word_tokens, words_first
 
 if TYPE_CHECKING:
@@ -199,9 +198,9 @@ class _LTX2Processor(ConceptProcessor):
         query, key = _rotate(attn, attn.norm_q(query), attn.norm_k(key), *rotary)
         query, key, value = (_split_heads(attn, states) for states in (query, key, value))
         if text is None:
-            output = attend_video(listener, attn, (query, key, value), mask, partial(self._attend, mask=mask))
+            output = attend_video(listener, attn, (query, key, value), mask, partial(dispatch, self, mask=mask))
         else:
-            output = self._attend(query, key, value, mask)
+            output = dispatch(self, query, key, value, mask)
             heads = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
             whole, output = slice(0, None), output.transpose(1, 2)
             output = self.amend(attn, heads, output, text=whole, image=whole, mask=mask).transpose(1, 2)
@@ -215,23 +214,6 @@ class _LTX2Processor(ConceptProcessor):
             query, output, key = (tensor.transpose(1, 2) for tensor in (query, output, key))
             listener.observe_crossing(attn, query, output, key, partial(self.project_key, attn))
         return cast(torch.Tensor, states)
-
-    def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        return cast(
-            torch.Tensor,
-            dispatch_attention_fn(
-                query,
-                key,
-                value,
-                attn_mask=mask,
-                dropout_p=0.0,
-                is_causal=False,
-                backend=self._attention_backend,
-                parallel_config=self._parallel_config,
-            ),
-        )
 
     def _project(self, attn: Any, video: torch.Tensor, context: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Query, key and value `[batch, token, width]`."""

@@ -14,7 +14,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
@@ -22,7 +21,7 @@ from diffusers_concept_maps.backbones._base import CrossBackbone, Grid, Preset, 
 from diffusers_concept_maps.backbones._real import ClipShape, put_channels, transformer_of
 from diffusers_concept_maps.heads import HeadSelection
 from diffusers_concept_maps.processors._base import ConceptProcessor
-from diffusers_concept_maps.processors.video import attend_video, rotate_pairs
+from diffusers_concept_maps.processors.video import attend_video, dispatch, rotate_pairs
 from diffusers_concept_maps.tokens import check_encoders, undisturbed, word_tokens
 
 if TYPE_CHECKING:
@@ -186,7 +185,7 @@ class WanConceptProcessor(ConceptProcessor):
         query, (key, value) = attn.to_q(hidden_states), _project(attn, text)
         query, key = attn.norm_q(query), attn.norm_k(key)
         query, key, value = (_split_heads(attn, states) for states in (query, key, value))
-        attend = partial(self._attend, splits=self.splits_video)
+        attend = partial(dispatch, self, splits=self.splits_video)
         states_image = None if image is None else attend(query, *_project_image(attn, image), None)
         output = attend(query, key, value, attention_mask).transpose(1, 2)
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
@@ -216,32 +215,10 @@ class WanConceptProcessor(ConceptProcessor):
         query, key, value = (_split_heads(attn, states) for states in (query, key, value))
         if rotary is not None:
             query, key = rotate_pairs(query, *rotary), rotate_pairs(key, *rotary)
-        attend = partial(self._attend, mask=mask, splits=True)
+        attend = partial(dispatch, self, mask=mask, splits=True)
         output = attend_video(listener, attn, (query, key, value), mask, attend)
         states = output.flatten(2, 3).type_as(query)
         return cast(torch.Tensor, attn.to_out[1](attn.to_out[0](states)))
-
-    def _attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-        splits: bool,
-    ) -> torch.Tensor:
-        return cast(
-            torch.Tensor,
-            dispatch_attention_fn(
-                query,
-                key,
-                value,
-                attn_mask=mask,
-                dropout_p=0.0,
-                is_causal=False,
-                backend=self._attention_backend,
-                parallel_config=self._parallel_config if splits else None,
-            ),
-        )
 
 
 class ConceptWanAttnProcessor(WanConceptProcessor, WanAttnProcessor):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 
 if TYPE_CHECKING:
     from diffusers_concept_maps.compiled import Relay
@@ -36,6 +37,40 @@ def attend_video(
         output = attend(*heads)
     listener.observe(attn, query, key, value, output.transpose(1, 2), text=text, image=image, mask=mask)
     return output
+
+
+def dispatch(
+    processor: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    splits: bool = True,
+) -> torch.Tensor:
+    """The host's attention `[batch, N, H, D]` with the backend and the context parallelism that a processor was told.
+
+    Args:
+        processor: with `_attention_backend` and `_parallel_config`.
+        query: `[batch, N, H, D]`.
+        key: `[batch, T, H, D]`.
+        value: likewise.
+        mask: as the host takes it.
+        splits: context parallelism applies to this attention.
+    """
+    return cast(
+        torch.Tensor,
+        dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=0.0,
+            is_causal=False,
+            backend=processor._attention_backend,
+            parallel_config=processor._parallel_config if splits else None,
+        ),
+    )
 
 
 def rotate_pairs(states: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:

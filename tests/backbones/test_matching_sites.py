@@ -21,6 +21,7 @@ from diffusers_concept_maps.attachment import Attachment
 from diffusers_concept_maps.backbones import Grid, find_backbone
 from diffusers_concept_maps.errors import ConceptMapsError
 from diffusers_concept_maps.listener import Pass, PassListener
+from diffusers_concept_maps.processors import video
 
 CASES = [case for case in find_cases() if case.grid[0] > 1 and case.name != "Qwen-Image-Layered"]
 """All that make videos; the frames of that one are the layers of an image."""
@@ -314,9 +315,8 @@ def test_attention_backend_and_parallel_configuration(name: str, monkeypatch: py
     transformer, inputs = KNOWN[name].make(), KNOWN[name].inputs(1, 5, 1)
     backbone, marker = find_backbone(transformer), object()
     told: list[tuple[Any, Any]] = []
-    module = inspect.getmodule(
-        next(cls for cls in type(backbone).__mro__ if hasattr(inspect.getmodule(cls), DISPATCH))
-    )
+    places = [inspect.getmodule(cls) for cls in type(backbone).__mro__]
+    module = next((place for place in places if hasattr(place, DISPATCH)), video)
     dispatch = getattr(module, DISPATCH)
 
     def note(*heads: torch.Tensor, backend: Any, parallel_config: Any, **options: Any) -> torch.Tensor:
