@@ -90,6 +90,10 @@ class Browser:
         move = {"type": "pointerMove", "x": x, "y": y, "duration": 0, "origin": "viewport"}
         self._send("/actions", {"actions": [{"type": "pointer", "id": "mouse", "actions": [move]}]})
 
+    def resize(self, width: int, height: int) -> None:
+        """Give the window another size."""
+        self._send("/window/rect", {"width": width, "height": height})
+
     def log(self, kind: str) -> list[dict[str, Any]]:
         return list(self._send("/se/log", {"type": kind}))
 

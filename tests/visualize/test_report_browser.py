@@ -268,6 +268,16 @@ def test_everything_that_can_be_used_has_a_name(shown: Browser) -> None:
     assert shown.run(named)
 
 
+def test_a_narrow_window_shows_all_of_it(shown: Browser) -> None:
+    shown.resize(520, 900)
+    try:
+        shown.wait("return innerWidth < 820")
+        widths = shown.run("return ['main', '#stage', '#controls'].map((s) => document.querySelector(s).scrollWidth)")
+        assert max(widths) <= shown.run("return document.documentElement.clientWidth")
+    finally:
+        shown.resize(1200, 1000)
+
+
 def test_text_stays_text(shown: Browser) -> None:
     assert shown.run("return [document.images.length, document.querySelectorAll('i').length]") == [0, 0]
     assert text(shown, "#title") == "<i>a clip</i> & more"
