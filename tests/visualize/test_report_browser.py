@@ -344,6 +344,18 @@ def test_points_are_drawn_where_they_are(window: Browser, frames: torch.Tensor, 
     assert color(8, 6)[3] == 0
 
 
+def test_points_have_the_colors_of_the_video(window: Browser, frames: torch.Tensor, tmp_path: Path) -> None:
+    """Also where they are more than the palette has."""
+    places = torch.stack([torch.arange(9) * 3 + 1.0, torch.full((9,), 10.0)], 1)[:, None].repeat(1, FRAMES, 1)
+    visible = torch.ones(9, FRAMES, dtype=torch.bool)
+    tracks = TrackOutput(places, visible, visible.float(), torch.zeros(9, 3))
+    write_report(tmp_path / "report.html", frames=frames, tracks=tracks)
+    window.open(tmp_path / "report.html")
+    drawn = pixels(window, "#points")
+    ends = ((places[[0, 8], 0] + 0.5) * drawn.shape[1] / WIDTH).int().tolist()
+    assert [drawn[y, x].tolist() for x, y in ends] == [[68, 1, 84, 255], [189, 223, 38, 255]]  # viridis at 0 and 0.9
+
+
 def test_frames_of_a_common_size(window: Browser, tmp_path: Path) -> None:
     """Lossy frames: as PIL reads what the page holds, and near what they were made of."""
     rows, columns = torch.meshgrid(torch.linspace(0, 6, 240), torch.linspace(0, 9, 360), indexing="ij")

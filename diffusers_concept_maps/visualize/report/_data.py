@@ -14,6 +14,7 @@ from diffusers_concept_maps.visualize.overlay import as_pictures, scale_of
 from diffusers_concept_maps.visualize.report._detail import at_hand, from_file, panels
 from diffusers_concept_maps.visualize.report._frames import encoded
 from diffusers_concept_maps.visualize.report._numbers import packed, text_of
+from diffusers_concept_maps.visualize.trails import point_colors
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -95,6 +96,7 @@ def _tracks(tracks: TrackOutput, pictures: list[Image.Image]) -> dict[str, Any]:
         )
     return {
         "points": tracks.tracks.shape[0],
+        "colors": point_colors(tracks.tracks.shape[0]),
         "places": text_of(tracks.tracks.numpy().astype("<f4")),
         "visible": text_of(tracks.visibility.numpy().astype(np.uint8)),
     }

@@ -6,6 +6,7 @@ class Picture {
     this.canvas = canvas;
     this.above = above;
     this.tracks = data.tracks && readTracks(data.tracks);
+    this.colors = data.tracks && data.tracks.colors;
     this.images = data.frames.map((source) => {
       const image = new Image();
       image.src = source;
@@ -101,7 +102,7 @@ class Picture {
     pen.clearRect(0, 0, this.above.width, this.above.height);
     this.tracks.forEach((track, point) => {
       const place = (at) => [(track[at].x + 0.5) * scale, (track[at].y + 0.5) * scale];
-      pen.strokeStyle = pen.fillStyle = css(hue(point % 8));
+      pen.strokeStyle = pen.fillStyle = css(this.colors[point]);
       for (let at = Math.max(1, frame - 11); at <= frame; at++) {
         if (!track[at].visible || !track[at - 1].visible) continue;
         pen.globalAlpha = 1 - (frame - at) / 12;
