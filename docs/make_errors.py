@@ -1,4 +1,4 @@
-"""Write the page of the errors from the code that raises them: `python docs/make_errors.py`."""
+"""Write the pages of the errors from the code that raises them: `python docs/make_errors.py`."""
 
 from __future__ import annotations
 
@@ -9,24 +9,39 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "diffusers_concept_maps"
 DOCS = Path(__file__).parent
 BASE = "ConceptMapsError"
-HEAD = """\
+INDEX = """\
 # Errors
 
 All that this package refuses is a `dcm.ConceptMapsError`; where an argument has a value that cannot be used, it is a
 `dcm.ConceptMapsValueError`, which is a `ValueError` as well. A message says what was given, what was expected and what
-to do about it. This page lists all of them by the module and function that raises them, with what is filled in between
-braces; `...` stands for a text that is put together elsewhere. On the command line they are one line on standard error
-and status 2. Written by `python docs/make_errors.py`.
+to do about it. On the command line it is one line on standard error and status 2. Written by
+`python docs/make_errors.py`.
+
+| error | raised in so many places |
+|---|---|
+"""
+PAGE = """\
+# {kind}
+
+Every message of [this error](../errors.md), by the module and function that raises it, with what is filled in between
+braces; `...` stands for a text that is put together elsewhere.
+
 """
 
 
 def pages() -> dict[str, str]:
-    """The text of the page, by path within `docs`."""
+    """The text of every page, by path within `docs`: one for each class, and their index."""
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
     classes = _classes(trees.values())
-    sections = ((path, list(_errors(tree, classes))) for path, tree in trees.items())
-    lines = [line for path, found in sections if found for line in _section(path, found)]
-    return {"errors.md": "\n".join([HEAD, *lines])}
+    found = {path: list(_errors(tree, classes)) for path, tree in trees.items()}
+    counts = {kind: sum(error[1] == kind for errors in found.values() for error in errors) for kind in sorted(classes)}
+    rows = (f"| [`{kind}`](errors/{kind}.md) | {count} |" for kind, count in counts.items() if count)
+    texts = {"errors.md": INDEX + "\n".join(rows) + "\n"}
+    for kind in (kind for kind, count in counts.items() if count):
+        chosen = {path: [error for error in errors if error[1] == kind] for path, errors in found.items()}
+        lines = [line for path, errors in chosen.items() if errors for line in _section(path, errors)]
+        texts[f"errors/{kind}.md"] = PAGE.format(kind=kind) + "\n".join(lines)
+    return texts
 
 
 def _classes(trees: Iterable[ast.Module]) -> set[str]:
@@ -70,8 +85,8 @@ def _message(node: ast.expr) -> str:
 
 def _section(path: Path, found: list[tuple[str, str, str]]) -> Iterator[str]:
     yield from (f"## {path.relative_to(PACKAGE.parent).as_posix()}", "")
-    for where, kind, message in found:
-        yield f"- `{where or path.stem}`, `{kind}`: {_code(' '.join(message.split()))}"
+    for where, _, message in found:
+        yield f"- `{where or path.stem}`: {_code(' '.join(message.split()))}"
     yield ""
 
 
@@ -84,5 +99,6 @@ def _code(text: str) -> str:
 
 
 if __name__ == "__main__":
+    (DOCS / "errors").mkdir(exist_ok=True)
     for name, text in pages().items():
         (DOCS / name).write_text(text, encoding="utf-8")
